@@ -1,0 +1,93 @@
+"""A sharing plan in denoiser calls: what schedulers, hooks and loops see."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from sage.plan_checks import integer
+
+
+@dataclass(frozen=True)
+class ResolvedPlan:
+    """A plan in denoiser calls: partitions P_0 … P_{S−1} of the leaves, each refining the one before.
+
+    Row i of call s is node i of P_s; nodes are in the order of their smallest leaf.
+
+    Args:
+        num_leaves: B.
+        num_calls: S.
+        members: per call, per node, its leaf indices, ascending.
+        node_representatives: per call, per node, the leaf whose noise the row uses.
+    """
+
+    num_leaves: int
+    num_calls: int
+    members: tuple[tuple[tuple[int, ...], ...], ...]
+    node_representatives: tuple[tuple[int, ...], ...]
+
+    @cached_property
+    def rows(self) -> list[int]:
+        """R_s of every call."""
+        return [len(nodes) for nodes in self.members]
+
+    @cached_property
+    def nfe(self) -> int:
+        """Denoiser rows evaluated, Σ_s R_s; guidance copies not counted."""
+        return sum(self.rows)
+
+    @property
+    def nfe_independent(self) -> int:
+        """Denoiser rows without sharing, B · S."""
+        return self.num_leaves * self.num_calls
+
+    @property
+    def saving(self) -> float:
+        """Fraction of the denoiser rows that sharing avoids."""
+        return 1.0 - self.nfe / self.nfe_independent
+
+    def labels(self, call: int) -> np.ndarray:
+        """int64 [B]: the node (row) of each leaf at a call."""
+        labels = np.empty(self.num_leaves, dtype=np.int64)
+        for number, members in enumerate(self.members[self._call(call)]):
+            labels[list(members)] = number
+        return labels
+
+    def representatives(self, call: int) -> np.ndarray:
+        """int64 [R_s]: the representative leaf of each node at a call."""
+        return np.array(self.node_representatives[self._call(call)], dtype=np.int64)
+
+    def rep_of(self, call: int) -> np.ndarray:
+        """int64 [B]: the representative of each leaf's node at a call."""
+        return self.representatives(call)[self.labels(call)]
+
+    def parent(self, call: int) -> np.ndarray:
+        """int64 [R_{s+1}]: for each node of call s + 1, the node of call s it comes from. Needs 0 ≤ s < S − 1."""
+        call = self._call(call)
+        if call == self.num_calls - 1:
+            raise ValueError(f"ResolvedPlan.parent: call must be below {call}, the last one, got {call}")
+        first = [members[0] for members in self.members[call + 1]]
+        return self.labels(call)[first]
+
+    def branches_after(self, call: int) -> bool:
+        """Whether rows multiply between this call and the next."""
+        call = self._call(call)
+        return call < self.num_calls - 1 and self.rows[call + 1] > self.rows[call]
+
+    def branch_call(self, leaf: int) -> int:
+        """The first call at which the leaf runs alone; S when it never does."""
+        if not 0 <= integer(leaf, "ResolvedPlan.branch_call: leaf") < self.num_leaves:
+            raise ValueError(f"ResolvedPlan.branch_call: leaf must be in [0, {self.num_leaves}), got {leaf}")
+        return int(self._branch_calls[leaf])
+
+    @cached_property
+    def _branch_calls(self) -> np.ndarray:
+        calls = np.full(self.num_leaves, self.num_calls, dtype=np.int64)
+        for call in reversed(range(self.num_calls)):
+            calls[[members[0] for members in self.members[call] if len(members) == 1]] = call
+        return calls
+
+    def _call(self, call: int) -> int:
+        if not 0 <= integer(call, "ResolvedPlan: call") < self.num_calls:
+            raise ValueError(f"ResolvedPlan: call must be in [0, {self.num_calls}), got {call}")
+        return int(call)
