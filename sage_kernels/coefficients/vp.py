@@ -1,0 +1,135 @@
+"""One-step solvers on a variance-preserving schedule alphas_cumprod: DDIM, DDPM, LCM."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .convert import denoised_weights, noise_weights
+from .table import CoefficientTable, build, row, schedule
+
+
+@np.errstate(divide="ignore", invalid="ignore")
+def ddim(
+    alphas_cumprod,
+    final_alpha_cumprod: float,
+    timesteps,
+    prev_timesteps,
+    prediction_type: str,
+    *,
+    eta: float = 0.0,
+    clip: float | None = None,
+    start: int = 0,
+) -> CoefficientTable:
+    """DDIM (arXiv:2010.02502).
+
+    Args:
+        alphas_cumprod: [T], alpha_t squared, by training timestep.
+        final_alpha_cumprod: what stands for alphas_cumprod where `prev_timesteps` is negative.
+        timesteps, prev_timesteps: integers [S].
+        eta: 0 is deterministic, 1 has the noise of DDPM.
+        clip: clamp the predicted x0 to [-clip, clip]; the predicted noise stays as it was.
+    """
+    timesteps = schedule("timesteps", timesteps, start=start)
+    prev_timesteps = schedule("prev_timesteps", prev_timesteps, length=len(timesteps))
+    alphas_cumprod = schedule("alphas_cumprod", alphas_cumprod)
+    rows = []
+    for t, t_prev in zip(timesteps[start:].astype(int), prev_timesteps[start:].astype(int)):
+        A = alphas_cumprod[t]
+        P = alphas_cumprod[t_prev] if t_prev >= 0 else final_alpha_cumprod
+        alpha, sigma = np.sqrt(A), np.sqrt(1 - A)
+        p, q = denoised_weights(prediction_type, alpha, sigma)
+        share = (1 - A / P) / (1 - A)
+        std = eta * np.sqrt((1 - P) * share)  # Eq. 16
+        direction = np.sqrt((1 - P) * (1 - eta**2 * share))  # sqrt(1 - P - std^2), the weight of eps in Eq. 12
+        if clip is None:  # eps = (x - alpha*m0)/sigma
+            a, b0 = direction / sigma, np.sqrt(P) - direction * alpha / sigma
+            rows.append(row(p=p, q=q, a=a, b0=b0, c=std))
+        else:
+            eps_x, eps_y = noise_weights(prediction_type, alpha, sigma)
+            rows.append(
+                row(p=p, q=q, clip=clip, a=direction * eps_x, b0=np.sqrt(P), e=direction * eps_y, c=std)
+            )
+    return build("ddim", rows, timesteps, start=start)
+
+
+DDPM_VARIANCES = ("fixed_small", "fixed_small_log", "fixed_large")
+
+
+@np.errstate(divide="ignore", invalid="ignore")
+def ddpm(
+    alphas_cumprod,
+    timesteps,
+    prev_timesteps,
+    prediction_type: str,
+    *,
+    variance_type: str = "fixed_small",
+    clip: float | None = None,
+    start: int = 0,
+) -> CoefficientTable:
+    """Ancestral sampling of DDPM (arXiv:2006.11239), Eqs. 6 and 7; the last step goes to alphas_cumprod = 1.
+
+    Args:
+        alphas_cumprod: [T], alpha_t squared, by training timestep.
+        timesteps, prev_timesteps: integers [S]; a negative previous timestep stands for the clean sample.
+        variance_type: fixed_small and fixed_small_log are the posterior variance, fixed_large is beta_t.
+        clip: clamp the predicted x0 to [-clip, clip].
+    """
+    if variance_type not in DDPM_VARIANCES:
+        raise NotImplementedError(f"ddpm: variance_type {variance_type!r}; there are {', '.join(DDPM_VARIANCES)}")
+    timesteps = schedule("timesteps", timesteps, start=start)
+    prev_timesteps = schedule("prev_timesteps", prev_timesteps, length=len(timesteps))
+    alphas_cumprod = schedule("alphas_cumprod", alphas_cumprod)
+    rows = []
+    for t, t_prev in zip(timesteps[start:].astype(int), prev_timesteps[start:].astype(int)):
+        A = alphas_cumprod[t]
+        P = alphas_cumprod[t_prev] if t_prev >= 0 else 1.0
+        beta = 1 - A / P
+        p, q = denoised_weights(prediction_type, np.sqrt(A), np.sqrt(1 - A))
+        small = max((1 - P) / (1 - A) * beta, 1e-20)  # Eq. 7; the floor is the one diffusers takes the log of
+        std = np.sqrt(beta if variance_type == "fixed_large" else small)
+        rows.append(
+            row(
+                p=p,
+                q=q,
+                clip=np.inf if clip is None else clip,
+                a=np.sqrt(A / P) * (1 - P) / (1 - A),  # Eq. 7, weight of x_t
+                b0=np.sqrt(P) * beta / (1 - A),  # Eq. 7, weight of x0
+                c=std if t > 0 else 0.0,
+            )
+        )
+    return build("ddpm", rows, timesteps, start=start)
+
+
+@np.errstate(divide="ignore", invalid="ignore")
+def lcm(
+    alphas_cumprod,
+    timesteps,
+    prediction_type: str,
+    *,
+    num_inference_steps: int | None = None,
+    timestep_scaling: float = 10.0,
+    sigma_data: float = 0.5,
+    clip: float | None = None,
+    start: int = 0,
+) -> CoefficientTable:
+    """Latent consistency models (arXiv:2310.04378): multistep consistency sampling, arXiv:2303.01469, Alg. 1.
+
+    Each row denoises with f = c_skip*x + c_out*x0 and adds fresh noise for the next timestep; no noise follows the row
+    `num_inference_steps - 1` (by default the last one).
+    """
+    timesteps = schedule("timesteps", timesteps, start=start)
+    alphas_cumprod = schedule("alphas_cumprod", alphas_cumprod)
+    last = (len(timesteps) if num_inference_steps is None else num_inference_steps) - 1
+    steps = timesteps.astype(int)
+    rows = []
+    for i in range(start, len(steps)):
+        A = alphas_cumprod[steps[i]]
+        P = alphas_cumprod[steps[min(i + 1, len(steps) - 1)]]
+        p, q = denoised_weights(prediction_type, np.sqrt(A), np.sqrt(1 - A))
+        k = steps[i] * timestep_scaling
+        c_skip = sigma_data**2 / (k**2 + sigma_data**2)  # boundary condition: f is the identity at k = 0
+        c_out = k / np.sqrt(k**2 + sigma_data**2)
+        signal, noise = (1.0, 0.0) if i == last else (np.sqrt(P), np.sqrt(1 - P))
+        clipping = np.inf if clip is None else clip
+        rows.append(row(p=p, q=q, clip=clipping, a=signal * c_skip, b0=signal * c_out, c=noise))
+    return build("lcm", rows, timesteps, start=start)
