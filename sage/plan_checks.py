@@ -1,4 +1,4 @@
-"""Argument checks that plans and grouping have in common; every message names what it is about."""
+"""Argument checks that plans, grouping and embedding have in common; every message names what it is about."""
 
 import operator
 from collections.abc import Sequence
@@ -42,6 +42,18 @@ def check_types(values: Sequence, kind: type, name: str) -> None:
     for number, item in enumerate(values):
         if not isinstance(item, kind):
             raise TypeError(f"SharingPlan: {name}[{number}] must be a {kind.__name__}, got {item!r}")
+
+
+def texts(values: Any, name: str) -> list[str]:
+    """`values` as a list of at least one str."""
+    if isinstance(values, str) or not isinstance(values, (Sequence, np.ndarray)):
+        raise TypeError(f"{name} must be a sequence of str, got {type(values).__name__}")
+    for number, value in enumerate(values):
+        if not isinstance(value, str):
+            raise TypeError(f"{name}[{number}] must be a str, got {value!r}")
+    if len(values) == 0:
+        raise ValueError(f"{name} must hold at least one prompt, got none")
+    return list(values)
 
 
 def short(indices: Sequence[int], limit: int = 8) -> str:
