@@ -1,0 +1,41 @@
+"""sage-diffusion: similar prompts share their early denoising steps.
+
+    with sage.enable(pipe, share=0.4) as sharing:      # any later call of the pipeline
+        images = pipe(prompts).images
+
+    result = sage.generate(pipe, prompts)              # many prompts: planned, packed, with a record per picture
+    x = sage.sample(denoise, plan, table, x_init, conditions, seeds=seeds)   # a denoiser of your own
+"""
+
+import importlib
+
+from sage_kernels.version import __version__
+
+_HOME = {  # public name → the module it lives in, imported when first asked for
+    "GenerationResult": "sage.generation",
+    "Leaf": "sage.plan",
+    "Node": "sage.plan",
+    "ResolvedPlan": "sage.plan",
+    "SageScheduler": "sage.scheduler",
+    "Sharing": "sage.sharing",
+    "SharingPlan": "sage.plan",
+    "disable": "sage.sharing",
+    "embed_prompts": "sage.embed",
+    "enable": "sage.sharing",
+    "generate": "sage.generation",
+    "plan_prompts": "sage.grouping",
+    "sample": "sage.sampling",
+    "table_for": "sage.solvers",
+}
+__all__ = ["__version__", *_HOME]
+
+
+def __getattr__(name: str):
+    if name not in _HOME:
+        raise AttributeError(f"module 'sage' has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(_HOME[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,300 @@
+"""Prompts in, pictures out: embed, plan, pack groups into pipeline calls, run them with sharing on."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+from tqdm.auto import tqdm
+
+from sage.embed import embed_prompts
+from sage.grouping import plan_prompts
+from sage.plan import SharingPlan
+from sage.scheduler import SageScheduler
+from sage.sharing import check_options, disable, enable, mismatch
+from sage.solvers import solver_name
+
+
+@dataclass
+class GenerationResult:
+    """What `generate` returns.
+
+    Attributes:
+        images: the pictures (as the pipeline gives them: PIL by default), in the order asked for: prompts in order, the
+            images of a prompt consecutive.
+        records: one dict per picture: `index`, `prompt`, `negative_prompt`, `image_index`, `seed`, `group`, `group_size`,
+            `trunk_seed`, `trunk_prompt` (the representative whose noise the shared steps used), `branch_call` (the denoiser
+            call from which it ran alone), `num_calls`, `similarity_to_trunk` (cosine; None for a plan that was passed in).
+        plan: the `SharingPlan` that was followed.
+        stats: `nfe`, `nfe_independent`, `saving`, `guidance_copies`, `rows` (per denoiser call, over all packs), `packs`,
+            `denoise_seconds`, `seconds`, `images_per_second`, `solver`, `solver_path`, `encoder`.
+    """
+
+    images: list
+    records: list[dict[str, Any]]
+    plan: SharingPlan
+    stats: dict[str, Any]
+
+
+def generate(
+    pipe: DiffusionPipeline,
+    prompts: Sequence[str],
+    *,
+    plan: SharingPlan | None = None,
+    share: float = 0.4,
+    similarity: float = 0.6,
+    max_group_size: int = 8,
+    images_per_prompt: int = 1,
+    seed: int = 0,
+    seeds: Sequence[int] | None = None,
+    negative_prompt: str | Sequence[str] | None = None,
+    num_inference_steps: int | None = None,
+    guidance_scale: float | None = None,
+    solver: str | None = None,
+    encoder: str = "auto",
+    batch_size: int = 32,
+    max_rows: int | None = None,
+    progress: bool = True,
+    on_images: Callable[[list[int], list, list[dict[str, Any]]], None] | None = None,
+    **pipe_kwargs,
+) -> GenerationResult:
+    """Make pictures of many prompts, running the early denoising steps of similar prompts once.
+
+    Args:
+        pipe: a diffusers text-to-image pipeline. It is left as it was, whatever happens.
+        prompts: n of them. A prompt that occurs more than once gets a picture for each occurrence.
+        plan: follow this plan (over n · `images_per_prompt` leaves with these prompts) instead of making one.
+        share: β in [0, 1], the fraction of the denoiser calls that a group runs as one row; 0 shares nothing.
+        similarity: τ in (−1, 1], the least cosine between any two prompts of a group.
+        max_group_size: the most prompts in a group.
+        images_per_prompt: pictures of each prompt.
+        seed: base seed. Each picture's seed is derived from (seed, prompt, image index): it does not depend on the other
+            prompts or their order.
+        seeds: one per prompt, instead of derived ones; image k of a prompt uses its seed + k.
+        negative_prompt: one for all, or one per prompt.
+        num_inference_steps, guidance_scale: None: the pipeline's own defaults.
+        solver: a name from `sage.solvers.SOLVERS`; None keeps the pipeline's scheduler.
+        encoder: what embeds the prompts for grouping, see `sage.enable`.
+        batch_size: pictures per pipeline call; whole groups are packed into calls of at most this many (a larger group gets
+            a call of its own).
+        max_rows: the most denoiser rows at once (guidance copies counted), see `sage.enable`.
+        progress: show a progress bar over denoiser rows.
+        on_images: called after each pack with (indices, images, records), indices in the order asked for.
+        pipe_kwargs: anything else the pipeline's call takes.
+
+    Returns:
+        GenerationResult.
+
+    Raises:
+        ValueError, TypeError: an argument is out of range or does not fit the others. Raised before any denoiser call.
+    """
+    if not isinstance(pipe, DiffusionPipeline):
+        raise TypeError(f"pipe must be a diffusers pipeline, got {type(pipe).__name__}")
+    start = time.perf_counter()
+    prompts = list(prompts)
+    negatives = _check_prompts(prompts, images_per_prompt, seeds, negative_prompt, batch_size)
+    embeddings = None
+    if plan is None:
+        check_options(share, similarity, max_group_size)
+        grouping = dict(share=share, similarity=similarity, max_group_size=max_group_size, images_per_prompt=images_per_prompt)
+        embeddings = embed_prompts(prompts, encoder=encoder, pipe=pipe)
+        plan = plan_prompts(prompts, embeddings, **grouping)
+    plan = _with_seeds(plan, prompts, images_per_prompt, seed, seeds)
+    similarities = None if embeddings is None else _similarities(plan, embeddings.vectors, images_per_prompt)
+    if negatives is not None:
+        negatives = [negative for negative in negatives for _ in range(images_per_prompt)]
+    chosen = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
+    call_kwargs = {**pipe_kwargs, **{name: value for name, value in chosen.items() if value is not None}}
+    images: list = [None] * len(plan.leaves)
+    records: list = [None] * len(plan.leaves)
+    stats: list[dict] = []
+    with _borrowed(pipe, solver), _Progress(plan, progress) as bar:
+        for roots in pack(plan, batch_size):
+            part, indices = plan.subset(roots)
+            part_negatives = None if negatives is None else [negatives[i] for i in indices]
+            made, done = _run_pack(pipe, part, part_negatives, max_rows, bar.on_call, call_kwargs)
+            stats.append(done)
+            made_records = _records(plan, indices, similarities, negatives, done["num_calls"])
+            for index, image, record in zip(indices, made, made_records):
+                images[index], records[index] = image, record
+            if on_images is not None:
+                on_images([int(i) for i in indices], list(made), made_records)
+        solver = solver or solver_name(pipe.scheduler)
+    summary = _summary(stats, time.perf_counter() - start, len(images), solver, plan.encoder)
+    return GenerationResult(images, records, plan, summary)
+
+
+def leaf_seed(base: int, prompt: str, image_index: int) -> int:
+    """A picture's seed from (base seed, prompt text, image index): 63 bits of BLAKE2b, the same on every machine."""
+    text = f"{base}\x00{image_index}\x00{prompt}".encode("utf-8", "surrogatepass")
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
+
+
+def pack(plan: SharingPlan, batch_size: int) -> list[list[int]]:
+    """Pack a plan's roots into calls of at most `batch_size` leaves: in order, whole groups, first call that has room.
+
+    Returns:
+        Lists of root indices; a root with more leaves than `batch_size` is a call of its own.
+    """
+    packs: list[list[int]] = []
+    room: list[int] = []
+    for number, root in enumerate(plan.roots):
+        size = len(root.members)
+        place = next((i for i, free in enumerate(room) if free >= size), None)
+        if place is None:
+            packs.append([])
+            room.append(batch_size)
+            place = len(packs) - 1
+        packs[place].append(number)
+        room[place] -= size
+    return packs
+
+
+@contextlib.contextmanager
+def _borrowed(pipe, solver: str | None):
+    """The pipeline with another solver, its own progress bar silenced and VAE slicing on; everything put back at the end."""
+    scheduler, bar = pipe.scheduler, getattr(pipe, "_progress_bar_config", None)
+    vae = getattr(pipe, "vae", None)
+    sliced = getattr(vae, "use_slicing", None)
+    try:
+        if solver is not None:
+            pipe.scheduler = SageScheduler.from_config(scheduler.config, solver=solver)
+        pipe.set_progress_bar_config(**{**(bar or {}), "disable": True})
+        if sliced is False:
+            vae.enable_slicing()
+        yield
+    finally:
+        disable(pipe)
+        pipe.scheduler = scheduler
+        if bar is None:
+            del pipe._progress_bar_config
+        else:
+            pipe._progress_bar_config = bar
+        if sliced is False:
+            vae.disable_slicing()
+
+
+def _similarities(plan: SharingPlan, vectors: np.ndarray, images: int) -> np.ndarray:
+    """float [B]: cosine of each leaf's prompt with its trunk's representative's."""
+    trunks = np.array([plan.roots[root].representative for root in plan.root_of])
+    prompt_of = np.arange(len(plan.leaves)) // images
+    return (vectors[prompt_of] * vectors[prompt_of[trunks]]).sum(axis=1)
+
+
+def _run_pack(pipe, plan: SharingPlan, negatives, max_rows, on_call, kwargs: dict):
+    """One pipeline call over the leaves of `plan`, each with a generator of its own."""
+    generators = [torch.Generator().manual_seed(leaf.seed) for leaf in plan.leaves]
+    if negatives is not None:
+        kwargs = {**kwargs, "negative_prompt": negatives}
+    with enable(pipe, plan, max_rows=max_rows) as sharing:
+        sharing.on_call = on_call
+        out = pipe([leaf.prompt for leaf in plan.leaves], generator=generators, **kwargs)
+    return out[0] if isinstance(out, tuple) else out.images, sharing.stats
+
+
+class _Progress:
+    """A bar over denoiser rows: its length is known as soon as the first call knows the number of denoiser calls."""
+
+    def __init__(self, plan: SharingPlan, enabled: bool):
+        self.plan = plan
+        self.bar = tqdm(unit="row", disable=not enabled, desc="denoising")
+
+    def on_call(self, rows: int, num_calls: int) -> None:
+        if self.bar.total is None:
+            self.bar.total = self.plan.cost(num_calls).nfe
+        self.bar.update(rows)
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __exit__(self, *exc_info) -> None:
+        self.bar.close()
+
+
+def _check_prompts(prompts, images_per_prompt, seeds, negative_prompt, batch_size) -> list[str] | None:
+    """Refuse bad arguments; returns one negative prompt per prompt, or None."""
+    if not prompts:
+        raise ValueError("prompts must hold at least one prompt, got none")
+    for number, prompt in enumerate(prompts):
+        if not isinstance(prompt, str):
+            raise TypeError(f"prompts[{number}] must be a str, got {type(prompt).__name__}")
+    if images_per_prompt < 1:
+        raise ValueError(f"images_per_prompt must be at least 1, got {images_per_prompt}")
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    if seeds is not None and len(seeds) != len(prompts):
+        raise ValueError(f"seeds must hold one seed per prompt, {len(prompts)}, got {len(seeds)}")
+    if negative_prompt is None or isinstance(negative_prompt, str):
+        return None if negative_prompt is None else [negative_prompt] * len(prompts)
+    if len(negative_prompt) != len(prompts):
+        raise ValueError(f"negative_prompt must be one for all or one per prompt, {len(prompts)}, got {len(negative_prompt)}")
+    return list(negative_prompt)
+
+
+def _with_seeds(plan: SharingPlan, prompts: list[str], images: int, base: int, seeds: Sequence[int] | None) -> SharingPlan:
+    """The plan with a seed on every leaf: the caller's, else the one that the plan brings, else the derived one."""
+    asked = [(prompt, k) for prompt in prompts for k in range(images)]
+    if [leaf.prompt for leaf in plan.leaves] != [prompt for prompt, _ in asked]:
+        raise ValueError(mismatch([prompt for prompt, _ in asked], [leaf.prompt for leaf in plan.leaves]))
+    leaves = []
+    for index, leaf in enumerate(plan.leaves):
+        seed = leaf.seed
+        if seeds is not None:
+            seed = seeds[index // images] + index % images
+        elif seed is None:
+            seed = leaf_seed(base, leaf.prompt, leaf.image_index)
+        leaves.append(replace(leaf, seed=seed))
+    return replace(plan, leaves=tuple(leaves))
+
+
+def _records(plan: SharingPlan, indices, similarities: np.ndarray | None, negatives, num_calls: int) -> list[dict[str, Any]]:
+    """One record per picture of a pack; see `GenerationResult.records`."""
+    resolved, root_of = plan.resolve(num_calls), plan.root_of
+    records = []
+    for index in map(int, indices):
+        leaf, root = plan.leaves[index], plan.roots[root_of[index]]
+        trunk = plan.leaves[root.representative]
+        records.append(
+            {
+                "index": index,
+                "prompt": leaf.prompt,
+                "negative_prompt": None if negatives is None else negatives[index],
+                "image_index": leaf.image_index,
+                "seed": leaf.seed,
+                "group": int(root_of[index]),
+                "group_size": len(root.members),
+                "trunk_seed": trunk.seed,
+                "trunk_prompt": trunk.prompt,
+                "branch_call": resolved.branch_call(index),
+                "num_calls": num_calls,
+                "similarity_to_trunk": None if similarities is None else float(similarities[index]),
+            }
+        )
+    return records
+
+
+def _summary(packs: list[dict], seconds: float, pictures: int, solver: str, encoder: str) -> dict[str, Any]:
+    """See `GenerationResult.stats`."""
+    nfe, independent = sum(p["nfe"] for p in packs), sum(p["nfe_independent"] for p in packs)
+    calls = max(len(p["rows"]) for p in packs)
+    return {
+        "nfe": nfe,
+        "nfe_independent": independent,
+        "saving": 1 - nfe / independent if independent else 0.0,
+        "guidance_copies": packs[0]["guidance_copies"],
+        "rows": [sum(p["rows"][s] for p in packs if s < len(p["rows"])) for s in range(calls)],
+        "packs": len(packs),
+        "denoise_seconds": sum(p["denoise_seconds"] for p in packs),
+        "seconds": seconds,
+        "images_per_second": pictures / seconds,
+        "solver": solver,
+        "solver_path": packs[0]["solver_path"],
+        "encoder": encoder,
+    }

@@ -1,0 +1,163 @@
+"""The native loop: shared sampling of any denoiser, one fused launch between two denoiser calls.
+
+This is the algorithm, written out. State is compact, one row per node of the plan. At call s the denoiser sees the R_s nodes
+under their mean conditions; then one `branch_step` does guidance, the solver's update, the copy of every node's latent to its
+children, and the next model input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from sage.families import RULES, PlanRows, Rows, map_rows
+from sage.plan import SharingPlan
+from sage_kernels import CoefficientTable, branch_step
+
+
+def sample(
+    denoise: Callable[[torch.Tensor, torch.Tensor, Any], torch.Tensor],
+    plan: SharingPlan,
+    table: CoefficientTable,
+    x_init: torch.Tensor,
+    conditions: Any,
+    *,
+    negative_conditions: Any = None,
+    guidance_scale: float = 1.0,
+    seeds: torch.Tensor | None = None,
+    noise: Callable[[int], torch.Tensor] | None = None,
+    on_call: Callable[[int], None] | None = None,
+) -> torch.Tensor:
+    """Sample every leaf of a plan.
+
+    Args:
+        denoise: `denoise(model_input, timestep, condition_rows)` → model output. `model_input` [k·R, ...] in `x_init`'s dtype
+            is already scaled for the solver; k is 2 under guidance (negative half first), else 1; `timestep` is a 0-dim
+            float32 tensor; `condition_rows` has the structure of `conditions` with k·R rows.
+        plan: over B leaves; resolved here against the table's calls.
+        table: the solver's coefficients (`sage.solvers.table_for`), one row per call.
+        x_init: [B, ...] float32, bfloat16 or float16: each leaf's initial latents, already at the first noise level.
+        conditions: a tensor [B, ...], or a mapping of argument name → tensor, reduced to nodes as in `sage.families.RULES`
+            (a lone tensor is averaged).
+        negative_conditions: same structure; required when `guidance_scale` is not 1.
+        guidance_scale: g in y = u + g·(c − u); 1: no guidance, one row per node.
+        seeds: int64 [B], one per leaf: Philox noise inside the kernel (stochastic solvers). A node uses its
+            representative's.
+        noise: instead of `seeds`: `noise(call)` → [B, ...], the leaves' draws at that call.
+        on_call: called with R_s after each call; for progress bars.
+
+    Returns:
+        [B, ...], dtype of `x_init`: the denoised latents in the order of the plan's leaves.
+
+    Raises:
+        ValueError: rows that do not match the plan, a stochastic table without `seeds` or `noise`, guidance without
+            `negative_conditions`. Raised before the first denoiser call.
+    """
+    _check(plan, table, x_init, conditions, negative_conditions, guidance_scale, seeds, noise)
+    guided = guidance_scale != 1.0
+    device = x_init.device
+    resolved = plan.resolve(len(table), [stage == 0 for stage in table.stage])
+    coefficients, timesteps = table.tensor(device), torch.tensor(table.timesteps, dtype=torch.float32, device=device)
+    partitions = PlanRows(resolved)
+    schedule = [_Call(partitions, s, guidance_scale if guided else None, seeds, device) for s in range(resolved.num_calls)]
+
+    x = x_init.index_select(0, schedule[0].rows.representatives.to(device))
+    model_input = x * table.input_scale
+    if guided:
+        model_input = torch.cat([model_input, model_input])
+    history: list[torch.Tensor] = []  # m1, m2, m3: what the solver stored, newest first
+    history_rows: list[torch.Tensor] = []  # for each, the row of every current node in it
+    last_sample = None
+    condition_rows = rows = None
+    for s, call in enumerate(schedule):
+        if call.rows is not rows:
+            rows = call.rows
+            condition_rows = _condition_rows(conditions, negative_conditions if guided else None, rows)
+        output = denoise(model_input, timesteps[s], condition_rows)
+        uncond, cond = output.chunk(2) if guided else (None, output)
+        parent = call.parent
+        history_rows = [index.index_select(0, parent) for index in history_rows]
+        out = branch_step(
+            x,
+            cond,
+            coefficients,
+            call.step,
+            parent,
+            uncond_output=uncond,
+            guidance=call.guidance,
+            history=tuple(history),
+            history_parent=tuple(history_rows),
+            last_sample=last_sample,
+            noise=None if noise is None else noise(s).to(device=device, dtype=torch.float32),
+            noise_index=None if noise is None else call.representative,
+            seed=call.seed,
+            want_corrected=table.corrector,
+            model_input="double" if guided else "single",
+        )
+        x, last_sample, model_input = out.sample, out.corrected, out.model_input
+        history = [out.denoised, *history][: table.history]
+        history_rows = [call.itself, *history_rows][: table.history]
+        if on_call is not None:
+            on_call(rows.num_nodes)
+    return x
+
+
+class _Call:
+    """Everything `branch_step` needs to know of one call, on the device before the loop starts.
+
+    Output rows are the nodes of the next call (the leaves, after the last). A row draws its noise, and takes its table row,
+    as its parent node does: children of one node part by their conditions alone.
+    """
+
+    def __init__(self, partitions: PlanRows, s: int, guidance: float | None, seeds, device: torch.device):
+        plan = partitions.plan
+        self.rows = partitions.at(s)
+        parent = plan.labels(s) if s == plan.num_calls - 1 else plan.parent(s)
+        representative = plan.representatives(s)[parent]
+        ints = dict(dtype=torch.int32, device=device)
+        self.parent = torch.tensor(parent, **ints)  # [R_{s+1}]
+        self.representative = torch.tensor(representative, **ints)  # [R_{s+1}] leaf
+        self.itself = torch.arange(len(parent), **ints)
+        self.step = torch.full((len(parent),), s, **ints)
+        self.guidance = None if guidance is None else torch.full((len(parent),), guidance, device=device)
+        self.seed = None if seeds is None else seeds[torch.from_numpy(np.array(representative))].to(device)
+
+
+def _condition_rows(conditions: Any, negative: Any, rows: Rows) -> Any:
+    """[B, ...] conditions → [R, ...], or [2R, ...] with the negative half first."""
+    if isinstance(conditions, Mapping):
+        return {
+            key: _condition_rows_of(key, value, None if negative is None else negative[key], rows)
+            for key, value in conditions.items()
+        }
+    return _condition_rows_of("encoder_hidden_states", conditions, negative, rows)
+
+
+def _condition_rows_of(name: str, value: torch.Tensor, negative: torch.Tensor | None, rows: Rows) -> torch.Tensor:
+    both = value if negative is None else torch.cat([negative, value])
+    copies = 1 if negative is None else 2
+    if rows.trivial:
+        return both
+    return map_rows(name, both, len(both), RULES, lambda x, how: getattr(rows, how)(x, copies))
+
+
+def _check(plan, table, x_init, conditions, negative, guidance_scale, seeds, noise) -> None:
+    leaves = len(plan.leaves)
+    if x_init.ndim < 2 or len(x_init) != leaves:
+        raise ValueError(f"x_init must be [{leaves}, ...], a row per leaf of the plan, got {tuple(x_init.shape)}")
+    if guidance_scale != 1.0 and negative is None:
+        raise ValueError(f"negative_conditions are required for guidance_scale {guidance_scale}; pass them or use 1.0")
+    for what, given in (("conditions", conditions), ("negative_conditions", negative)):
+        for name, value in (given.items() if isinstance(given, Mapping) else [("", given)]):
+            if torch.is_tensor(value) and len(value) != leaves:
+                where = f"{what}[{name!r}]" if name else what
+                raise ValueError(f"{where} must have {leaves} rows, one per leaf of the plan, got {tuple(value.shape)}")
+    if seeds is not None and noise is not None:
+        raise ValueError("seeds and noise exclude each other: pass seeds for noise inside the kernel, or noise to bring it")
+    if table.stochastic and seeds is None and noise is None:
+        raise ValueError(f"{table.solver} draws noise at every step: pass seeds (int64 [{leaves}]) or noise")
+    if seeds is not None and (seeds.dtype != torch.int64 or tuple(seeds.shape) != (leaves,)):
+        raise ValueError(f"seeds must be int64 [{leaves}], got {seeds.dtype} {tuple(seeds.shape)}")

@@ -1,0 +1,325 @@
+"""A drop-in diffusers scheduler whose `step` is one fused `branch_step` over a coefficient table.
+
+Timesteps, sigmas, config and every option stay diffusers' own: a `SageScheduler` **is** the scheduler class that it replaces
+(`isinstance` holds, `save_pretrained` writes that class's name, a saved pipeline loads without this package) with `step`
+replaced. Where a class or an option does not fit the table, diffusers' own `step` runs instead, bit for bit, and a warning
+says why.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import sys
+from typing import Any
+
+import torch
+from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput
+from diffusers.utils import logging
+from diffusers.utils.torch_utils import randn_tensor
+
+from sage.solvers import SOLVERS, NotInTable, table_for
+from sage_kernels import branch_step
+
+logger = logging.get_logger(__name__)
+
+# Classes whose own `step` returns the model output's dtype; the others return the promotion of sample and model output.
+_RETURNS_MODEL_DTYPE = (
+    "DPMSolverMultistepScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "EulerDiscreteScheduler",
+    "FlowMatchEulerDiscreteScheduler",
+)
+_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class SageScheduler:
+    """Mixin that makes a diffusers scheduler step through `sage_kernels.branch_step`; built by `from_config`.
+
+    >>> pipe.scheduler = SageScheduler.from_config(pipe.scheduler.config, solver="dpm++2m")
+
+    It works with or without sharing, as any diffusers scheduler does. `step` takes and returns what the replaced class's
+    does: `model_output` and `sample` [B, ...] float32, bfloat16 or float16 (other dtypes go to the class's own `step`).
+    """
+
+    _sage_trajectory: Trajectory | None = None  # the table in use since `set_timesteps`; set by the first `step`
+    _sage_run: Any = None  # while a shared call is under way: says which rows are one node
+
+    def __new__(cls, *args, **kwargs):
+        if cls is SageScheduler:
+            raise TypeError("SageScheduler is built from a config: SageScheduler.from_config(pipe.scheduler.config)")
+        return super().__new__(cls)
+
+    @classmethod
+    def from_config(cls, config, solver: str | None = None, **kwargs):
+        """Build a scheduler from a diffusers scheduler config.
+
+        Args:
+            config: a scheduler's `config` (any diffusers scheduler's).
+            solver: a name from `sage.solvers.SOLVERS`; None keeps the class that the config names.
+            kwargs: overrides of config entries, as in diffusers.
+
+        Raises:
+            ValueError: unknown `solver` (the known ones are listed), or `solver` is None and the config names no class.
+        """
+        if cls is not SageScheduler:
+            return super().from_config(config, **kwargs)
+        base, overrides = _choose(config, solver)
+        return sage_class(base).from_config(config, **{**overrides, **kwargs})
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, subfolder: str | None = None, solver: str | None = None, **kwargs):
+        """As `from_config`, from a folder or hub id written by `save_pretrained`."""
+        config = SchedulerMixin.load_config(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        return cls.from_config(config, solver=solver)
+
+    def __reduce__(self):
+        return _restore, (diffusers_class(type(self)), self.__dict__.copy())
+
+
+def _choose(config, solver: str | None) -> tuple[type, dict]:
+    """The diffusers class and the config overrides that a solver name or a config's `_class_name` stand for."""
+    import diffusers
+
+    overrides: dict[str, Any] = {}
+    if solver is None:
+        name = config.get("_class_name")
+        if name is None:
+            raise ValueError(
+                f"solver is required here: the config names no scheduler class; choose one of {', '.join(SOLVERS)}"
+            )
+    elif solver not in SOLVERS:
+        raise ValueError(f"unknown solver {solver!r}; known: {', '.join(SOLVERS)}")
+    else:
+        name, overrides = SOLVERS[solver]
+    base = getattr(diffusers, name, None)
+    if base is None or not issubclass(base, SchedulerMixin):
+        raise ValueError(f"the config names {name!r}, which is no scheduler of the installed diffusers {diffusers.__version__}")
+    return base, dict(overrides)
+
+
+@functools.lru_cache(maxsize=None)
+def sage_class(base: type) -> type:
+    """The subclass of `base` (a diffusers scheduler class) whose `step` goes through the table.
+
+    It carries `base`'s names, so that configs and saved pipelines name `base`.
+    """
+
+    @functools.wraps(base.step)
+    def step(self, model_output, timestep, sample, *args, **kwargs):
+        return _step(self, base, model_output, timestep, sample, args, kwargs)
+
+    @functools.wraps(base.set_timesteps)
+    def set_timesteps(self, *args, **kwargs):
+        self._sage_trajectory = None
+        return base.set_timesteps(self, *args, **kwargs)
+
+    namespace = {
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+        "__doc__": base.__doc__,
+        "step": step,
+        "set_timesteps": set_timesteps,
+    }
+    return type(base.__name__, (SageScheduler, base), namespace)
+
+
+def diffusers_class(cls: type) -> type:
+    """The scheduler class that `cls` was made from: `cls` itself unless it is a `SageScheduler`."""
+    return cls.__mro__[cls.__mro__.index(SageScheduler) + 1] if issubclass(cls, SageScheduler) else cls
+
+
+def _restore(base: type, state: dict) -> SageScheduler:
+    scheduler = object.__new__(sage_class(base))
+    scheduler.__dict__.update(state)
+    return scheduler
+
+
+class Trajectory:
+    """One run through the table: the row we are at, and what the solver remembers (histories and last sample).
+
+    `table` is None where the scheduler's own `step` must run; `reason` then says why.
+    """
+
+    def __init__(self, scheduler, base: type, index: int, eta: float):
+        self.index, self.eta = index, eta
+        self.history: list[torch.Tensor] = []
+        self.last_sample: torch.Tensor | None = None
+        self.dtype: torch.dtype | None = None  # of the state: the first sample's, float32 if that is not the model's
+        self.table, self.reason = None, ""
+        self._steps: torch.Tensor | None = None
+        try:
+            if base is not getattr(sys.modules["diffusers"], base.__name__, None):
+                raise NotInTable(f"{base.__name__} is no class of diffusers itself")
+            self.table = table_for(scheduler, begin=index, eta=eta)
+        except NotInTable as error:
+            self.reason = str(error)
+
+    def step_rows(self, rows: int, device: torch.device) -> torch.Tensor:
+        """int32 [rows]: the current table row, once per output row."""
+        if self._steps is None or self._steps.shape[1] != rows or self._steps.device != device:
+            numbers = torch.arange(len(self.table), dtype=torch.int32, device=device)
+            self._steps = numbers[:, None].repeat(1, rows)
+        return self._steps[self.index]
+
+    def remember(self, out) -> None:
+        """Push what this step stored; drop what no later row reads."""
+        self.history = [out.denoised, *self.history][: self.table.history]
+        self.last_sample = out.corrected
+        self.index += 1
+
+
+def _step(scheduler, base: type, model_output, timestep, sample, args: tuple, kwargs: dict):
+    """`step` of every `SageScheduler`: one `branch_step`, or the class's own `step` between two gathers.
+
+    Rows of one node are first set to their representative's, then stepped with the representative's noise.
+    """
+    run = scheduler._sage_run
+    representative_of = run.representative_of(sample.device) if run is not None else None  # int64 [B] | None
+    if args:  # options given by position, after self, model_output, timestep, sample
+        kwargs = {**dict(zip(list(inspect.signature(base.step).parameters)[4:], args)), **kwargs}
+    trajectory = _trajectory(scheduler, base, timestep, model_output, sample, kwargs)
+    if trajectory.table is None:
+        out = _own_step(scheduler, base, model_output, timestep, sample, kwargs, representative_of)
+    else:
+        out = _table_step(scheduler, base, trajectory, model_output, sample, kwargs, representative_of)
+    if run is not None:
+        run.advance(trajectory)
+    return out
+
+
+def _trajectory(scheduler, base, timestep, model_output, sample, kwargs) -> Trajectory:
+    """The trajectory that this call goes on with, or a new one after `set_timesteps` or a jump."""
+    trajectory, eta = scheduler._sage_trajectory, float(kwargs.get("eta") or 0.0)
+    if trajectory is not None and trajectory.table is None:
+        return trajectory
+    index = _row_of(scheduler, timestep)
+    if trajectory is None or index != trajectory.index or eta != trajectory.eta:
+        trajectory = scheduler._sage_trajectory = Trajectory(scheduler, base, index, eta)
+    reason = trajectory.reason or _outside(model_output, sample, kwargs)
+    if reason:
+        if trajectory.history:
+            raise ValueError(f"{base.__name__}.step: {reason}, but earlier steps of this run went through the table")
+        trajectory.table, trajectory.reason = None, reason
+        logger.warning(f"{base.__name__} runs its own step, not the fused one: {reason}")
+    return trajectory
+
+
+def _outside(model_output, sample, kwargs) -> str:
+    """Why this call's arguments do not fit the table; empty if they do."""
+    if sample.dtype not in _KERNEL_DTYPES or model_output.dtype not in _KERNEL_DTYPES:
+        return f"sample is {sample.dtype} and model_output {model_output.dtype}; the table takes float32, bfloat16, float16"
+    if torch.is_grad_enabled() and (sample.requires_grad or model_output.requires_grad):
+        return "a gradient is asked for"
+    if model_output.shape != sample.shape:
+        return f"model_output {tuple(model_output.shape)} and sample {tuple(sample.shape)} differ in shape"
+    if kwargs.get("use_clipped_model_output"):
+        return "use_clipped_model_output=True"
+    if kwargs.get("s_churn"):
+        return f"s_churn={kwargs['s_churn']}"
+    if kwargs.get("per_token_timesteps") is not None:
+        return "per_token_timesteps is given"
+    return ""
+
+
+def _row_of(scheduler, timestep) -> int:
+    """The table row of `timestep`: diffusers' own step index where the class counts one, else its place in `timesteps`."""
+    if hasattr(scheduler, "_init_step_index"):
+        if scheduler.step_index is None:
+            scheduler._init_step_index(timestep)
+        return scheduler.step_index
+    if scheduler.num_inference_steps is None:
+        raise ValueError(f"{type(scheduler).__name__}.step: num_inference_steps is None; call set_timesteps first")
+    found = (scheduler.timesteps == timestep).nonzero()
+    if len(found) == 0:
+        raise ValueError(f"timestep must be one of scheduler.timesteps, got {timestep}")
+    return int(found[0])
+
+
+def _own_step(scheduler, base, model_output, timestep, sample, kwargs, representative_of):
+    """diffusers' own `step` on all rows, between two gathers; untouched when nothing is shared."""
+    if representative_of is None:
+        return base.step(scheduler, model_output, timestep, sample, **kwargs)
+    out = base.step(scheduler, model_output, timestep, sample.index_select(0, representative_of), **kwargs)
+
+    def gather(value):
+        batched = torch.is_tensor(value) and value.ndim > 0 and value.shape[0] == len(representative_of)
+        return value.index_select(0, representative_of) if batched else value
+
+    if isinstance(out, tuple):
+        return tuple(map(gather, out))
+    return type(out)(**{name: gather(value) for name, value in out.items()})
+
+
+def _table_step(scheduler, base, trajectory: Trajectory, model_output, sample, kwargs, representative_of):
+    """One `branch_step` over B rows; every row reads its representative's sample, output, history and noise."""
+    if trajectory.dtype is None:
+        trajectory.dtype = sample.dtype if sample.dtype == model_output.dtype else torch.float32
+    returned = (
+        model_output.dtype
+        if base.__name__ in _RETURNS_MODEL_DTYPE
+        else torch.promote_types(sample.dtype, model_output.dtype)
+    )
+    device = sample.device
+    if representative_of is None:
+        parent = torch.arange(len(sample), dtype=torch.int32, device=device)
+    else:
+        parent = representative_of.to(torch.int32)
+    noise = _draw_noise(scheduler, base, trajectory, model_output, kwargs)
+    out = branch_step(
+        sample.to(trajectory.dtype),
+        model_output,
+        trajectory.table.tensor(device),
+        trajectory.step_rows(len(sample), device),
+        parent,
+        history=tuple(trajectory.history),
+        last_sample=trajectory.last_sample,
+        noise=noise,
+        noise_index=None if noise is None else parent,
+        want_corrected=trajectory.table.corrector,
+    )
+    trajectory.remember(out)
+    if hasattr(scheduler, "_step_index"):
+        scheduler._step_index += 1
+    return _output(base, out.sample.to(returned), out.denoised, kwargs.get("return_dict", True))
+
+
+def _draw_noise(scheduler, base, trajectory, model_output, kwargs) -> torch.Tensor | None:
+    """The draw that the class's own `step` would make here, [B, ...] float32: same generator, same dtype, same order."""
+    dtype = _noise_dtype(scheduler, base.__name__, trajectory, model_output.dtype)
+    if dtype is None:
+        return None
+    noise = kwargs.get("variance_noise")
+    if noise is None:
+        noise = randn_tensor(model_output.shape, generator=kwargs.get("generator"), device=model_output.device, dtype=dtype)
+    return noise.to(device=model_output.device, dtype=torch.float32)
+
+
+def _noise_dtype(scheduler, name: str, trajectory, model_dtype: torch.dtype) -> torch.dtype | None:
+    """The dtype in which class `name` draws noise at this step; None where it draws none."""
+    if name == "EulerAncestralDiscreteScheduler":
+        return model_dtype
+    if name == "DDIMScheduler":
+        return model_dtype if trajectory.eta > 0 else None
+    if name == "DDPMScheduler":
+        return model_dtype if scheduler.timesteps[trajectory.index] > 0 else None
+    if name == "LCMScheduler":
+        return model_dtype if trajectory.index != scheduler.num_inference_steps - 1 else None
+    if name == "DPMSolverMultistepScheduler":
+        return torch.float32 if scheduler.config.algorithm_type.startswith("sde") else None
+    if name == "FlowMatchEulerDiscreteScheduler":
+        return torch.float32 if scheduler.config.stochastic_sampling else None
+    return None
+
+
+@functools.lru_cache(maxsize=None)
+def _output_class(base: type) -> type:
+    return getattr(sys.modules[base.__module__], f"{base.__name__}Output", SchedulerOutput)
+
+
+def _output(base: type, prev_sample, denoised, return_dict: bool):
+    """What the class's own `step` returns: its output class, or the tuple of that class's fields."""
+    cls = _output_class(base)
+    values = (prev_sample, denoised)[: len(dataclasses.fields(cls))]
+    return cls(*values) if return_dict else values
