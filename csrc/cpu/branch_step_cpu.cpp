@@ -1,0 +1,91 @@
+// The CPU kernels, once per instruction set, and the choice between them when the first call is made. No torch here.
+#include "../branch_step.h"
+
+#include <atomic>
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#include <immintrin.h>
+#define SAGE_X86_COPIES 1
+#endif
+
+namespace sage {
+namespace baseline {
+#define SAGE_VECTOR_BYTES 16
+#include "branch_step_rows.h"
+}  // namespace baseline
+
+#ifdef SAGE_X86_COPIES
+#pragma GCC push_options
+#pragma GCC target("avx2,bmi2,f16c")
+namespace avx2 {
+#define SAGE_VECTOR_BYTES 32
+#include "branch_step_rows.h"
+}  // namespace avx2
+#pragma GCC pop_options
+
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,bmi2,f16c,prefer-vector-width=512")
+namespace avx512 {
+#define SAGE_VECTOR_BYTES 64
+#include "branch_step_rows.h"
+}  // namespace avx512
+#pragma GCC pop_options
+#endif
+
+namespace {
+
+struct Kernels {
+  void (*branch_step)(const BranchStep&, int64_t, int64_t, int64_t);
+  void (*normals)(const Normals&, int64_t, int64_t, int64_t);
+};
+
+constexpr Kernels kKernels[] = {
+    {baseline::branch_step, baseline::normals},
+#ifdef SAGE_X86_COPIES
+    {avx2::branch_step, avx2::normals},
+    {avx512::branch_step, avx512::normals},
+#endif
+};
+
+bool runs_here(int isa) {
+#ifdef SAGE_X86_COPIES
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("f16c");
+  if (isa == 1) return avx2;
+  if (isa == 2) {
+    return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  }
+#endif
+  return isa == 0;
+}
+
+int best() { return runs_here(2) ? 2 : runs_here(1) ? 1 : 0; }
+
+std::atomic<int>& chosen() {
+  static std::atomic<int> isa{best()};
+  return isa;
+}
+
+const Kernels& kernels() { return kKernels[chosen().load(std::memory_order_relaxed)]; }
+
+}  // namespace
+
+int cpu_isa(int force) {
+  if (force == 3) force = best();
+  if (force >= 0) {
+    if (!runs_here(force)) return -1;
+    chosen().store(force);
+  }
+  return chosen().load();
+}
+
+void branch_step_cpu(const BranchStep& args, int64_t row, int64_t begin, int64_t end) {
+  kernels().branch_step(args, row, begin, end);
+}
+
+void normals_cpu(const Normals& args, int64_t row, int64_t begin, int64_t end) {
+  kernels().normals(args, row, begin, end);
+}
+
+}  // namespace sage

@@ -1,0 +1,191 @@
+// The arithmetic of branch_step and of its noise, one source for host and device. Specification: sage_kernels/reference.py
+// and sage_kernels/philox.py; the same bits come out because every product and every sum is rounded on its own, in the same
+// order (host: -ffp-contract=off; device: the _rn intrinsics).
+//
+// No include guard: a translation unit includes this once per instruction set, inside a namespace of its own. branch_step.h
+// must be included before, at global scope.
+
+SAGE_INLINE float mul(float a, float b) {
+#if defined(__CUDA_ARCH__)
+  return __fmul_rn(a, b);
+#else
+  return a * b;
+#endif
+}
+
+SAGE_INLINE float add(float a, float b) {
+#if defined(__CUDA_ARCH__)
+  return __fadd_rn(a, b);
+#else
+  return a + b;
+#endif
+}
+
+SAGE_INLINE float sub(float a, float b) {
+#if defined(__CUDA_ARCH__)
+  return __fsub_rn(a, b);
+#else
+  return a - b;
+#endif
+}
+
+SAGE_INLINE float sqrt_rn(float a) {
+#if defined(__CUDA_ARCH__)
+  return __fsqrt_rn(a);
+#else
+  return __builtin_sqrtf(a);
+#endif
+}
+
+// Comparisons with NaN are false, so NaN passes.
+SAGE_INLINE float clamp(float v, float bound) {
+  v = v > bound ? bound : v;
+  return v < -bound ? -bound : v;
+}
+
+template <class To, class From>
+SAGE_INLINE To bits_as(From from) {
+  static_assert(sizeof(To) == sizeof(From), "same size");
+  To to;
+  memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+// Which terms of a row are there: one bit per coefficient that is not 0.
+enum Uses : uint32_t {
+  kP = 1 << 0, kQ = 1 << 1,
+  kU0 = 1 << 2, kU1 = 1 << 3, kU2 = 1 << 4, kU3 = 1 << 5, kU4 = 1 << 6, kU5 = 1 << 7,
+  kA = 1 << 8, kB0 = 1 << 9, kB1 = 1 << 10, kB2 = 1 << 11,
+  kE = 1 << 12, kC = 1 << 13,
+};
+
+SAGE_INLINE uint32_t uses_of(const Row& k) {
+  const float coefficients[14] = {k.p, k.q, k.u[0], k.u[1], k.u[2], k.u[3], k.u[4], k.u[5],
+                                  k.a, k.b[0], k.b[1], k.b[2], k.e, k.c};
+  uint32_t uses = 0;
+  for (int i = 0; i < 14; i++) uses |= static_cast<uint32_t>(coefficients[i] != 0.0f) << i;
+  return uses;
+}
+
+template <class V>
+struct Updated {
+  V denoised, corrected, next, model_input;
+};
+
+// V is one element or several side by side: mul(float, V), add(V, V), sub(V, V), clamp(V, float).
+// Inputs loads a V on demand: x(), cond(), uncond(), last(), m(i), noise(). A term whose coefficient is 0 loads nothing
+// (x and the model output are loaded always, and used only where their coefficient is not 0).
+template <class V, class Inputs>
+SAGE_INLINE Updated<V> update(const Row& k, uint32_t uses, bool guided, float guidance, const Inputs& in) {
+  const V zero = in.zero();
+  const V x = in.x();
+  V y = in.cond();
+  if (guided) {
+    const V u = in.uncond();
+    y = add(mul(guidance, sub(y, u)), u);
+  }
+
+  V m0 = zero;
+  if (uses & kP) m0 = add(m0, mul(k.p, x));
+  if (uses & kQ) m0 = add(m0, mul(k.q, y));
+  m0 = clamp(m0, k.clip);
+
+  V m1 = zero, m2 = zero;
+  if (uses & (kU3 | kB1)) m1 = in.m(0);
+  if (uses & (kU4 | kB2)) m2 = in.m(1);
+
+  V xc = zero;
+  if (uses & kU0) xc = add(xc, mul(k.u[0], x));
+  if (uses & (kU1 | kU2 | kU3 | kU4 | kU5)) {
+    if (uses & kU1) xc = add(xc, mul(k.u[1], in.last()));
+    if (uses & kU2) xc = add(xc, mul(k.u[2], m0));
+    if (uses & kU3) xc = add(xc, mul(k.u[3], m1));
+    if (uses & kU4) xc = add(xc, mul(k.u[4], m2));
+    if (uses & kU5) xc = add(xc, mul(k.u[5], in.m(2)));
+  }
+
+  V next = zero;
+  if (uses & kA) next = add(next, mul(k.a, xc));
+  if (uses & kB0) next = add(next, mul(k.b[0], m0));
+  if (uses & kB1) next = add(next, mul(k.b[1], m1));
+  if (uses & kB2) next = add(next, mul(k.b[2], m2));
+  if (uses & kE) next = add(next, mul(k.e, y));
+  if (uses & kC) next = add(next, mul(k.c, in.noise()));
+  return Updated<V>{m0, xc, next, mul(k.s, next)};
+}
+
+struct Words {
+  uint32_t w[4];
+};
+
+// Philox4x32-10.
+SAGE_INLINE Words philox(uint32_t k0, uint32_t k1, Words c) {
+#if defined(__CUDA_ARCH__)
+#pragma unroll
+#endif
+  for (int round = 0; round < 10; round++) {
+    const uint64_t first = 0xD2511F53ull * c.w[0], second = 0xCD9E8D57ull * c.w[2];
+    c = Words{{static_cast<uint32_t>(second >> 32) ^ c.w[1] ^ k0, static_cast<uint32_t>(second),
+               static_cast<uint32_t>(first >> 32) ^ c.w[3] ^ k1, static_cast<uint32_t>(first)}};
+    k0 += 0x9E3779B9u;
+    k1 += 0xBB67AE85u;
+  }
+  return c;
+}
+
+// value * x + next: one step of Horner's rule, unfused.
+SAGE_INLINE float horner(float value, float x, float next) { return add(mul(value, x), next); }
+
+// sqrt(-2 ln u), u = (float(word) + 1) * 2^-32
+SAGE_INLINE float radius(uint32_t word) {
+  constexpr int32_t kWindow = 0x3F330000;  // bits of 0.69921875, where the mantissa window starts
+  const float u = mul(add(static_cast<float>(word), 1.0f), 0x1p-32f);
+  const int32_t bits = bits_as<int32_t>(u) - kWindow;
+  const float exponent = static_cast<float>(bits >> 23);
+  const float f = sub(bits_as<float>((bits & 0x7FFFFF) + kWindow), 1.0f);
+  const float z = mul(f, f);
+  float y = 7.0376836292e-2f;
+  y = horner(y, f, -1.1514610310e-1f);
+  y = horner(y, f, 1.1676998740e-1f);
+  y = horner(y, f, -1.2420140846e-1f);
+  y = horner(y, f, 1.4249322787e-1f);
+  y = horner(y, f, -1.6668057665e-1f);
+  y = horner(y, f, 2.0000714765e-1f);
+  y = horner(y, f, -2.4999993993e-1f);
+  y = horner(y, f, 3.3333331174e-1f);
+  y = mul(mul(y, f), z);
+  y = add(mul(exponent, -2.12194440e-4f), y);
+  y = add(mul(z, -0.5f), y);
+  const float log_u = add(mul(exponent, 0.693359375f), add(f, y));
+  const float square = mul(log_u, -2.0f);
+  return sqrt_rn(square > 0.0f ? square : 0.0f);
+}
+
+// Cosine and sine of 2 pi word / 2^32: the quadrant comes from the top bits, the rest is an exact signed integer.
+SAGE_INLINE void cos_sin(uint32_t word, float& cosine, float& sine) {
+  const uint32_t quadrant = (word + 0x20000000u) >> 30;
+  const float x = mul(static_cast<float>(static_cast<int32_t>(word << 2)), 3.6572952e-10f);  // (pi / 2) * 2^-32
+  const float z = mul(x, x);
+  float s = horner(horner(-1.9515295891e-4f, z, 8.3321608736e-3f), z, -1.6666654611e-1f);
+  s = add(mul(mul(s, z), x), x);
+  float c = horner(horner(2.443315711809948e-5f, z, -1.388731625493765e-3f), z, 4.166664568298827e-2f);
+  c = add(add(mul(mul(c, z), z), mul(z, -0.5f)), 1.0f);
+  const bool swap = quadrant & 1u;
+  const uint32_t sign_c = ((quadrant + 1u) & 2u) << 30, sign_s = (quadrant & 2u) << 30;
+  cosine = bits_as<float>(bits_as<uint32_t>(swap ? s : c) ^ sign_c);
+  sine = bits_as<float>(bits_as<uint32_t>(swap ? c : s) ^ sign_s);
+}
+
+// The four normals of elements 4j .. 4j+3 of the row which this seed belongs to.
+SAGE_INLINE void normal4(uint64_t seed, uint64_t j, uint32_t call, uint32_t tag, float& n0, float& n1, float& n2, float& n3) {
+  const Words words = philox(static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32),
+                             Words{{static_cast<uint32_t>(j), static_cast<uint32_t>(j >> 32), call, tag}});
+  float c, s;
+  const float first = radius(words.w[0]), second = radius(words.w[2]);
+  cos_sin(words.w[1], c, s);
+  n0 = mul(first, c);
+  n1 = mul(first, s);
+  cos_sin(words.w[3], c, s);
+  n2 = mul(second, c);
+  n3 = mul(second, s);
+}

@@ -1,0 +1,171 @@
+"""Builds the native kernels, sage_kernels._C; everything else about the package is in pyproject.toml.
+
+SAGE_BUILD=auto   (default) native kernels if torch's headers and a C++ compiler are there, else a pure-Python package
+                  which works and says at first use what is missing and how to get it
+SAGE_BUILD=cpu    C++ kernels, or fail
+SAGE_BUILD=cuda   C++ and CUDA kernels, or fail
+SAGE_BUILD=none   pure Python
+
+What was built, or why not, is recorded in sage_kernels/_build_info.json.
+
+pip builds in an isolated environment without torch, and downloading a second torch there only to read its headers would take
+gigabytes. So torch is no build requirement: an isolated build reads the torch of the environment it installs into, if there is
+one. The binary uses torch's stable ABI and Python's: it loads with every torch from 2.10 and every Python from 3.10 on.
+"""
+
+import glob
+import json
+import os
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+import sysconfig
+
+from setuptools import setup
+from setuptools.command.build_py import build_py
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+MODES = ("auto", "cpu", "cuda", "none")
+MODE = os.environ.get("SAGE_BUILD", "auto")
+REINSTALL = "pip install --no-build-isolation --force-reinstall --no-deps ."
+OLDEST_TORCH = (2, 10)
+SOURCES = ["csrc/ops.cpp", "csrc/cpu/branch_step_cpu.cpp"]
+CUDA_SOURCES = sorted(glob.glob("csrc/cuda/*.cu", root_dir=HERE))
+# Products and sums are rounded one by one (-ffp-contract=off), so that every backend gives the same bits.
+COMPILE = [
+    "-O3", "-std=c++17", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden", "-g0", "-Wall",
+    "-Wno-psabi", "-Wno-unknown-pragmas", "-Wno-maybe-uninitialized", "-DTORCH_TARGET_VERSION=0x020a000000000000",
+]  # fmt: skip
+
+
+def say(message):
+    print(f"[sage] {message}", file=sys.stderr, flush=True)
+
+
+class Missing(Exception):
+    """Something the native build needs is not there: reason, and the command that mends it."""
+
+    def __init__(self, reason, mend):
+        super().__init__(f"{reason}. To mend it: {mend}")
+        self.reason, self.mend = reason, mend
+
+
+def compiler():
+    """First line of the C++ compiler's version."""
+    command = (os.environ.get("CXX") or "c++").split()
+    if shutil.which(command[0]) is None:
+        raise Missing(f"there is no C++ compiler ({command[0]!r} is not on PATH)", f"apt install g++ && {REINSTALL}")
+    return subprocess.run([*command, "--version"], capture_output=True, text=True).stdout.split("\n")[0]
+
+
+def import_torch():
+    """torch.utils.cpp_extension, from the environment which the package is being installed into."""
+    site = sysconfig.get_paths()["purelib"]
+    if site not in sys.path:
+        sys.path.append(site)  # an isolated build hides it
+    try:
+        import torch
+        from torch.utils import cpp_extension
+    except ImportError as error:
+        reason = f"torch could not be imported when the package was built ({error})"
+        raise Missing(reason, f"pip install torch setuptools ninja && {REINSTALL}") from error
+    if tuple(int(n) for n in re.findall(r"\d+", torch.__version__)[:2]) < OLDEST_TORCH:
+        raise Missing(f"torch {torch.__version__} is older than 2.10", f"pip install -U torch && {REINSTALL}")
+    return torch, cpp_extension
+
+
+class Record:
+    """What this build made; written next to the modules it describes."""
+
+    def __init__(self):
+        self.facts = {
+            "mode": MODE,
+            "native": [],
+            "reason": None,
+            "mend": None,
+            "torch": None,
+            "compiler": None,
+            "version": runpy.run_path(os.path.join(HERE, "sage_kernels", "version.py"))["__version__"],
+        }
+
+    def left_out(self, reason, mend):
+        say(f"no native kernels: {reason}. The package works without, slower. To get them: {mend}")
+        self.facts.update(native=[], reason=reason, mend=mend)
+
+    def write(self, folder):
+        os.makedirs(folder, exist_ok=True)
+        with open(os.path.join(folder, "_build_info.json"), "w") as file:
+            json.dump(self.facts, file, indent=2)
+
+
+class BuildPurePython(build_py):
+    """Adds the record of a build without native kernels."""
+
+    def run(self):
+        super().run()
+        inside_tree = getattr(self, "editable_mode", False)
+        RECORD.write(os.path.join(HERE if inside_tree else self.build_lib, "sage_kernels"))
+
+
+def native_build(record):
+    """Arguments of setup() that build the extension. Raises Missing."""
+    if MODE == "cuda" and not CUDA_SOURCES:
+        raise Missing("SAGE_BUILD=cuda, but this version has no CUDA sources (csrc/cuda/*.cu)", f"SAGE_BUILD=cpu {REINSTALL}")
+    torch, cpp_extension = import_torch()
+    record.facts.update(torch=torch.__version__, compiler=compiler(), native=["cpu"])
+
+    class BuildNative(cpp_extension.BuildExtension):
+        """Compiles with ninja; in auto mode a failure leaves a pure-Python package behind."""
+
+        def run(self):
+            in_place = self.inplace or getattr(self, "editable_mode", False)
+            super().run()
+            record.write(os.path.join(HERE if in_place else self.build_lib, "sage_kernels"))
+
+        def build_extensions(self):
+            try:
+                super().build_extensions()
+            except Exception as error:
+                if MODE != "auto":
+                    raise
+                verbose = f"SAGE_BUILD=cpu pip install -v{REINSTALL.removeprefix('pip install')}"
+                record.left_out(f"compiling failed ({type(error).__name__}: {str(error)[:200]})", f"{verbose} shows why")
+                self.extensions = []
+
+    extension = cpp_extension.CppExtension(
+        "sage_kernels._C",
+        SOURCES,
+        include_dirs=[os.path.join(HERE, "csrc")],
+        depends=sorted(glob.glob("csrc/**/*.h", root_dir=HERE, recursive=True)),
+        extra_compile_args={"cxx": COMPILE},
+        extra_link_args=["-Wl,-s"] if sys.platform == "linux" else [],
+        py_limited_api=True,
+    )
+    say(f"SAGE_BUILD={MODE}: C++ kernels, torch {torch.__version__}, {record.facts['compiler']}")
+    return {
+        "ext_modules": [extension],
+        "cmdclass": {"build_ext": BuildNative},
+        "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
+    }
+
+
+def arguments():
+    if MODE not in MODES:
+        sys.exit(f"SAGE_BUILD must be one of {', '.join(MODES)}; got {MODE!r}")
+    if {"egg_info", "dist_info", "sdist"} & set(sys.argv):
+        return {}  # these only read metadata
+    try:
+        if MODE != "none":
+            return native_build(RECORD)
+        RECORD.left_out("SAGE_BUILD=none was asked for", REINSTALL)
+    except Missing as missing:
+        if MODE != "auto":
+            sys.exit(f"[sage] {missing}")
+        RECORD.left_out(missing.reason, missing.mend)
+    return {"cmdclass": {"build_py": BuildPurePython}}
+
+
+RECORD = Record()
+setup(**arguments())
