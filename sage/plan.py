@@ -259,17 +259,7 @@ class SharingPlan:
         Returns:
             ResolvedPlan: partitions of the leaves for S calls, each refining the one before.
         """
-        num_calls = integer(num_calls, "SharingPlan.resolve: num_calls", 1)
-        allowed = _branch_calls(num_calls, boundaries)
-        intervals = []  # (first call, end, node)
-        stack = [(root, 0) for root in self.roots]
-        while stack:
-            node, start = stack.pop()
-            end = _branch_call(node.until, num_calls, allowed)
-            if end > start:
-                intervals.append((start, end, node))
-            stack.extend((child, max(start, end)) for child in node.children)
-        intervals.sort(key=lambda interval: interval[2].members[0])
+        intervals = sorted(self.intervals(num_calls, boundaries), key=lambda interval: interval[2].members[0])
         edges = [*sorted({start for start, _, _ in intervals}), num_calls]
         members, chosen = [], []
         for first, end in pairwise(edges):
@@ -277,6 +267,20 @@ class SharingPlan:
             members += [tuple(node.members for node in running)] * (end - first)
             chosen += [tuple(node.representative for node in running)] * (end - first)
         return ResolvedPlan(len(self.leaves), num_calls, tuple(members), tuple(chosen))
+
+    def intervals(self, num_calls: int, boundaries: Sequence[bool] | None = None) -> list[tuple[int, int, Node]]:
+        """(first call, end, node) of every node that runs, parents first; see `resolve`."""
+        num_calls = integer(num_calls, "SharingPlan.resolve: num_calls", 1)
+        allowed = _branch_calls(num_calls, boundaries)
+        intervals = []
+        stack = [(root, 0) for root in self.roots]
+        while stack:
+            node, start = stack.pop()
+            end = _branch_call(node.until, num_calls, allowed)
+            if end > start:
+                intervals.append((start, end, node))
+            stack.extend((child, max(start, end)) for child in node.children)
+        return intervals
 
     def cost(self, num_calls: int, boundaries: Sequence[bool] | None = None) -> Cost:
         """Denoiser rows with and without sharing for S calls; guidance copies are counted separately."""
@@ -289,7 +293,7 @@ class SharingPlan:
 
         return describe(self, num_calls, max_groups)
 
-    def plot(self, path: str | Path, num_calls: int = 20, max_leaves: int = 120) -> None:
+    def plot(self, path: str | Path, num_calls: int = 20, max_leaves: int = 60) -> None:
         """Draw the plan into an image file, a lane per leaf and a cell per call. Needs matplotlib."""
         from sage.drawing import plot
 
