@@ -15,7 +15,8 @@ import sys
 from typing import Any
 
 import torch
-from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput
+from diffusers.configuration_utils import ConfigMixin
+from diffusers.schedulers.scheduling_utils import SCHEDULER_CONFIG_NAME, SchedulerMixin, SchedulerOutput
 from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 
@@ -71,11 +72,15 @@ class SageScheduler:
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, subfolder: str | None = None, solver: str | None = None, **kwargs):
         """As `from_config`, from a folder or hub id written by `save_pretrained`."""
-        config = SchedulerMixin.load_config(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        config = _ConfigFile.load_config(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         return cls.from_config(config, solver=solver)
 
     def __reduce__(self):
         return _restore, (diffusers_class(type(self)), self.__dict__.copy())
+
+
+class _ConfigFile(ConfigMixin):
+    config_name = SCHEDULER_CONFIG_NAME
 
 
 def _choose(config, solver: str | None) -> tuple[type, dict]:

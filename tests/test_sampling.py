@@ -1,0 +1,218 @@
+"""sage.sample, the native loop: against the hand-written loop, against the hook, and on its own terms."""
+
+import pytest
+import torch
+from hand_loop import shared_latents
+from spy import FullSizeOps
+from tiny import NEGATIVES, PROMPTS, stable_diffusion
+
+import sage
+from sage import Leaf, SageScheduler, SharingPlan
+from sage.solvers import SOLVERS, table_for
+
+STEPS, GUIDANCE, SHAPE = 6, 3.0, (4, 8, 8)
+SEEDS = [100 + number for number in range(len(PROMPTS))]
+LEAVES = [Leaf(prompt) for prompt in PROMPTS]
+GROUPS = [[0, 2, 4], [1, 3]]
+DRAWING = {"euler-a", "dpm++2m-sde", "lcm", "ddpm"}  # ddim draws with eta only
+SHARED_SOLVERS = ("ddim", "euler", "euler-a", "dpm++2m", "dpm++2m-sde", "dpm++3m", "unipc", "heun", "lcm")
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return stable_diffusion()
+
+
+def scheduler_of(pipe, solver):
+    import diffusers
+
+    name, overrides = SOLVERS[solver]
+    return getattr(diffusers, name).from_config(pipe.scheduler.config, **overrides)
+
+
+def flat(share=0.5, groups=GROUPS):
+    return SharingPlan.flat(LEAVES, groups, share, representatives=[group[0] for group in groups])
+
+
+class Native:
+    """A native run of the tiny pipeline's U-Net: counts the rows that it is asked for."""
+
+    def __init__(self, pipe, solver):
+        self.pipe, self.rows = pipe, []
+        self.scheduler = scheduler_of(pipe, solver)
+        self.scheduler.set_timesteps(STEPS)
+        self.table = table_for(self.scheduler)
+        self.embeds, self.negatives = pipe.encode_prompt(PROMPTS, "cpu", 1, True, NEGATIVES)
+        self.generators = [torch.Generator().manual_seed(seed) for seed in SEEDS]
+        self.x_init = self.noise(-1) * self.scheduler.init_noise_sigma
+
+    def noise(self, call):
+        """The draws of every picture's own generator, as the pipeline makes them."""
+        return torch.cat([torch.randn(1, *SHAPE, generator=g) for g in self.generators])
+
+    def denoise(self, model_input, timestep, conditions):
+        self.rows.append(len(model_input))
+        return self.pipe.unet(model_input, timestep, encoder_hidden_states=conditions).sample
+
+    @torch.no_grad()
+    def run(self, plan, **kwargs):
+        options = dict(negative_conditions=self.negatives, guidance_scale=GUIDANCE) | kwargs
+        if self.table.stochastic and "seeds" not in options:
+            options["noise"] = self.noise
+        return sage.sample(self.denoise, plan, self.table, self.x_init, self.embeds, **options)
+
+
+def worst(a, b):
+    return (a - b).abs().max().item() / max(1.0, b.abs().max().item())
+
+
+@pytest.mark.parametrize("solver", SHARED_SOLVERS)
+def test_native_loop_equals_the_hand_written_loop(pipe, solver):
+    native = Native(pipe, solver)
+    calls = len(native.table)
+    branch = 4 if solver == "heun" else 3
+    expected = shared_latents(pipe, scheduler_of(pipe, solver), PROMPTS, NEGATIVES, SEEDS, GROUPS, branch, STEPS, GUIDANCE)
+    plan = flat(branch / calls)
+    got = native.run(plan)
+    assert worst(got, expected) <= 1e-5
+    assert native.rows == [2 * rows for rows in plan.resolve(calls).rows]
+    assert sum(native.rows) == 2 * plan.cost(calls).nfe
+    assert worst(Native(pipe, solver).run(SharingPlan.independent(LEAVES)), expected) > 1e-2
+
+
+@pytest.mark.parametrize("solver", ["ddim", "euler-a", "dpm++2m", "unipc"])
+def test_native_loop_equals_the_hook(pipe, solver):
+    plan = flat(0.5)
+    native = Native(pipe, solver).run(plan)
+    scheduler, pipe.scheduler = pipe.scheduler, scheduler_of(pipe, solver)
+    try:
+        with sage.enable(pipe, plan):
+            gens = [torch.Generator().manual_seed(seed) for seed in SEEDS]
+            options = dict(num_inference_steps=STEPS, guidance_scale=GUIDANCE, output_type="latent")
+            hooked = pipe(PROMPTS, negative_prompt=NEGATIVES, generator=gens, **options).images
+    finally:
+        pipe.scheduler = scheduler
+    assert worst(native, hooked) <= 1e-5
+
+
+def test_histories_follow_a_tree(pipe):
+    """A third-order solver over two branches: leaves equal those of a plan in which nobody else takes part."""
+    pair = sage.Node((0, 2), 0, 0.67, (sage.Node.single(0), sage.Node.single(2)))
+    root = sage.Node((0, 2, 4), 0, 0.5, (pair, sage.Node.single(4)))
+    together = Native(pipe, "dpm++3m").run(SharingPlan.tree(LEAVES, [root]))
+    expected = Native(pipe, "dpm++3m").run(SharingPlan.flat(LEAVES, [[0, 2, 4]], 0.5, representatives=[0]))
+    assert worst(together[4], expected[4]) <= 1e-5
+    assert worst(together[0], expected[0]) > 1e-3
+
+
+@pytest.mark.parametrize("solver", ["ddim", "euler", "dpm++2m", "dpm++2m-sde", "unipc", "heun"])
+@pytest.mark.parametrize("guided", [True, False])
+def test_one_branch_step_between_two_denoiser_calls(solver, guided):
+    """And nothing else that reads or writes a tensor of the latents' size."""
+    rows, shape = 5, (4, 32, 32)
+    table = table_for(_set(SageScheduler.from_config({}, solver=solver)))
+    spy, between = FullSizeOps(4 * 32 * 32 * 2), []  # two rows are the smallest state here
+
+    def denoise(model_input, timestep, conditions):
+        between.append(list(spy.seen))
+        out = torch.tanh(model_input) + conditions.mean()
+        spy.seen.clear()
+        return out
+
+    options = dict(negative_conditions=torch.zeros(rows, 3), guidance_scale=2.0) if guided else {}
+    options |= dict(seeds=torch.arange(rows)) if table.stochastic else {}
+    plan = SharingPlan.flat([Leaf(str(i)) for i in range(rows)], [[0, 1, 2], [3, 4]], 0.4)
+    with spy:
+        sage.sample(denoise, plan, table, torch.randn(rows, *shape), torch.randn(rows, 3), **options)
+    assert all(ops == ["branch_step"] for ops in between[1:])
+    assert len(between) == len(table) and spy.seen == ["branch_step"]
+
+
+def _set(scheduler, steps=8):
+    scheduler.set_timesteps(steps)
+    return scheduler
+
+
+def test_philox_noise_belongs_to_the_representative(pipe):
+    """With seeds, a picture depends on its own seed and its group, not on its place or on the others."""
+    native = Native(pipe, "euler-a")
+    seeds = torch.tensor(SEEDS)
+    expected = native.run(flat(), seeds=seeds)
+    order = [4, 1, 0, 2]
+    leaves = [LEAVES[i] for i in order]
+    plan = SharingPlan.flat(leaves, [[0, 2, 3]], 0.5, representatives=[2])
+    with torch.no_grad():
+        got = sage.sample(
+            native.denoise,
+            plan,
+            native.table,
+            native.x_init[order],
+            native.embeds[order],
+            negative_conditions=native.negatives[order],
+            guidance_scale=GUIDANCE,
+            seeds=seeds[order],
+        )
+    for row, i in ((0, 4), (2, 0), (3, 2)):
+        assert worst(got[row], expected[i]) <= 1e-5
+    assert worst(native.run(flat(), seeds=seeds + 1), expected) > 1e-2
+
+
+def test_members_that_never_part_come_out_equal(pipe):
+    got = Native(pipe, "dpm++2m").run(flat(1.0))
+    assert torch.equal(got[0], got[2]) and torch.equal(got[1], got[3]) and not torch.equal(got[0], got[1])
+
+
+def test_conditions_may_be_a_mapping(pipe):
+    native = Native(pipe, "ddim")
+    expected = native.run(flat())
+
+    def denoise(model_input, timestep, conditions):
+        assert conditions["encoder_attention_mask"].shape == (len(model_input), 7)
+        return native.denoise(model_input, timestep, conditions["encoder_hidden_states"])
+
+    mask = torch.eye(len(PROMPTS), 7)
+    with torch.no_grad():
+        got = sage.sample(
+            denoise,
+            flat(),
+            native.table,
+            native.x_init,
+            {"encoder_hidden_states": native.embeds, "encoder_attention_mask": mask},
+            negative_conditions={"encoder_hidden_states": native.negatives, "encoder_attention_mask": mask},
+            guidance_scale=GUIDANCE,
+        )
+    assert torch.equal(got, expected)
+
+
+def test_low_precision_state_stays_low(pipe):
+    native = Native(pipe, "ddim")
+    x = native.x_init.bfloat16()
+
+    def denoise(model_input, timestep, conditions):
+        assert model_input.dtype == torch.bfloat16
+        return native.denoise(model_input.float(), timestep, conditions).bfloat16()
+
+    with torch.no_grad():
+        got = sage.sample(denoise, flat(), native.table, x, native.embeds)
+    assert got.dtype == torch.bfloat16
+    assert worst(got.float(), Native(pipe, "ddim").run(flat(), guidance_scale=1.0, negative_conditions=None)) < 0.1
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(x_init=torch.zeros(4, *SHAPE)), r"x_init must be \[5, ...\], a row per leaf of the plan, got \(4, 4, 8, 8\)"),
+        (dict(conditions=torch.zeros(3, 2)), r"conditions must have 5 rows, one per leaf of the plan, got \(3, 2\)"),
+        (dict(conditions={"text_embeds": torch.zeros(3, 2)}), r"conditions\['text_embeds'\] must have 5 rows"),
+        (dict(guidance_scale=2.0), "negative_conditions are required for guidance_scale 2.0"),
+        (dict(seeds=torch.arange(4)), r"seeds must be int64 \[5\], got torch.int64 \(4,\)"),
+        (dict(seeds=torch.zeros(5)), r"seeds must be int64 \[5\], got torch.float32"),
+        (dict(seeds=torch.arange(5), noise=lambda call: None), "seeds and noise exclude each other"),
+        (dict(solver="euler-a"), "euler-a draws noise at every step: pass seeds"),
+    ],
+)
+def test_bad_input_is_refused_before_the_denoiser_runs(change, message):
+    table = table_for(_set(SageScheduler.from_config({}, solver=change.pop("solver", "ddim"))))
+    arguments = dict(x_init=torch.zeros(5, *SHAPE), conditions=torch.zeros(5, 2)) | change
+    with pytest.raises(ValueError, match=message):
+        sage.sample(lambda *args: pytest.fail("the denoiser ran"), flat(), table, **arguments)
