@@ -114,8 +114,8 @@ def lcm(
 ) -> CoefficientTable:
     """Latent consistency models (arXiv:2310.04378): multistep consistency sampling, arXiv:2303.01469, Alg. 1.
 
-    Each row denoises with f = c_skip*x + c_out*x0 and adds fresh noise for the next timestep; no noise follows the row
-    `num_inference_steps - 1` (by default the last one).
+    Each row denoises with f = c_skip*x + c_out*x0, which is what is stored, and adds fresh noise for the next timestep; no
+    noise follows the row `num_inference_steps - 1` (by default the last one).
     """
     timesteps = schedule("timesteps", timesteps, start=start)
     alphas_cumprod = schedule("alphas_cumprod", alphas_cumprod)
@@ -130,6 +130,8 @@ def lcm(
         c_skip = sigma_data**2 / (k**2 + sigma_data**2)  # boundary condition: f is the identity at k = 0
         c_out = k / np.sqrt(k**2 + sigma_data**2)
         signal, noise = (1.0, 0.0) if i == last else (np.sqrt(P), np.sqrt(1 - P))
-        clipping = np.inf if clip is None else clip
-        rows.append(row(p=p, q=q, clip=clipping, a=signal * c_skip, b0=signal * c_out, c=noise))
+        if clip is None:
+            rows.append(row(p=c_out * p + c_skip, q=c_out * q, b0=signal, c=noise))
+        else:  # x0 is clipped before f is taken, so x0 is what is stored
+            rows.append(row(p=p, q=q, clip=clip, a=signal * c_skip, b0=signal * c_out, c=noise))
     return build("lcm", rows, timesteps, start=start)
