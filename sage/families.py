@@ -44,7 +44,6 @@ RULES: dict[str, str] = {
     "mid_block_additional_residual": "representative",
     "down_intrablock_additional_residuals": "representative",
     # options, not data
-    "cross_attention_kwargs": "never batched",
     "return_dict": "never batched",
 }
 

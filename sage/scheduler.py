@@ -62,11 +62,12 @@ class SageScheduler:
             kwargs: overrides of config entries, as in diffusers.
 
         Raises:
-            ValueError: unknown `solver` (the known ones are listed), or `solver` is None and the config names no class.
+            ValueError: unknown `solver` (the known ones are listed), `solver` is None and the config names no class, or the
+            solver is not for this kind of model (flow matching or not).
         """
         if cls is not SageScheduler:
             return super().from_config(config, **kwargs)
-        base, overrides = _choose(config, solver)
+        base, overrides = _choose(config, solver, kwargs)
         return sage_class(base).from_config(config, **{**overrides, **kwargs})
 
     @classmethod
@@ -83,7 +84,7 @@ class _ConfigFile(ConfigMixin):
     config_name = SCHEDULER_CONFIG_NAME
 
 
-def _choose(config, solver: str | None) -> tuple[type, dict]:
+def _choose(config, solver: str | None, kwargs: dict) -> tuple[type, dict]:
     """The diffusers class and the config overrides that a solver name or a config's `_class_name` stand for."""
     import diffusers
 
@@ -98,10 +99,26 @@ def _choose(config, solver: str | None) -> tuple[type, dict]:
         raise ValueError(f"unknown solver {solver!r}; known: {', '.join(SOLVERS)}")
     else:
         name, overrides = SOLVERS[solver]
+    flow_config = "base_image_seq_len" in config or str(config.get("_class_name")).startswith("FlowMatch")
+    if solver is not None and flow_config != name.startswith("FlowMatch"):
+        _refuse_family(solver, flow_config, config, {**overrides, **kwargs})
     base = getattr(diffusers, name, None)
     if base is None or not issubclass(base, SchedulerMixin):
         raise ValueError(f"the config names {name!r}, which is no scheduler of the installed diffusers {diffusers.__version__}")
     return base, dict(overrides)
+
+
+def _refuse_family(solver: str, flow_config: bool, config, chosen: dict) -> None:
+    """Refuse to run a flow-matching model with a solver set up for another kind, or the other way round."""
+    if flow_config and chosen.get("prediction_type") != "flow_prediction":
+        raise ValueError(
+            f"the config is a flow-matching model's: use solver 'flow-euler', or pass prediction_type='flow_prediction', "
+            f"use_flow_sigmas=True, flow_shift={config.get('shift', 1.0)} with 'dpm++2m' or 'unipc'; got {solver!r} without"
+        )
+    if not flow_config and "prediction_type" in config:
+        raise ValueError(
+            f"solver 'flow-euler' is for flow-matching models, but the config's model predicts {config['prediction_type']!r}"
+        )
 
 
 @functools.lru_cache(maxsize=None)

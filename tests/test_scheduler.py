@@ -6,7 +6,14 @@ import pickle
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, KDPM2DiscreteScheduler, LCMScheduler
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    KDPM2DiscreteScheduler,
+    LCMScheduler,
+)
 from spy import FullSizeOps
 
 from sage import SageScheduler
@@ -217,6 +224,13 @@ def test_errors_name_what_is_wrong():
         SageScheduler.from_config({"num_train_timesteps": 1000})
     with pytest.raises(ValueError, match="'NoScheduler', which is no scheduler of the installed diffusers"):
         SageScheduler.from_config({"_class_name": "NoScheduler"})
+    with pytest.raises(ValueError, match="solver 'flow-euler' is for flow-matching models, but the config's model predicts 'eps"):
+        SageScheduler.from_config(CONFIG, solver="flow-euler")
+    flow = FlowMatchEulerDiscreteScheduler(shift=3.0).config
+    with pytest.raises(ValueError, match="the config is a flow-matching model's: use solver 'flow-euler'"):
+        SageScheduler.from_config(flow, solver="dpm++2m")
+    kwargs = dict(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+    assert SageScheduler.from_config(flow, solver="dpm++2m", **kwargs).config.use_flow_sigmas
     scheduler = SageScheduler.from_config(CONFIG, solver="ddim")
     with pytest.raises(ValueError, match="num_inference_steps is None; call set_timesteps first"):
         scheduler.step(torch.zeros(SHAPE), 10, torch.zeros(SHAPE))

@@ -13,7 +13,6 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
-    FlowMatchEulerDiscreteScheduler,
     HeunDiscreteScheduler,
     KDPM2DiscreteScheduler,
     LCMScheduler,
@@ -399,8 +398,3 @@ def test_an_unknown_batched_argument_is_named(pipe, monkeypatch):
             draw(pipe)
     with sage.enable(pipe, flat(), rules={"encoder_hidden_states": "mean"}):
         draw(pipe)
-
-
-def test_flow_matching_scheduler_is_not_confused_with_an_epsilon_model():
-    with pytest.raises(ValueError, match="unknown solver 'dpm'; known: ddim, "):
-        sage.SageScheduler.from_config(FlowMatchEulerDiscreteScheduler().config, solver="dpm")
