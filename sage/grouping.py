@@ -135,7 +135,8 @@ def tree_plan(
 
         until(h) = low + (high − low) · (h − similarity) / (1 − similarity)
 
-    h the cosine similarity of its least similar pair. Nodes that would part at the same time as their parent are
+    h the cosine similarity of its least similar pair of prompts, with or without an image of the index in question.
+    Nodes that would part at the same time as their parent are
     joined with it, so `share=(s, s)` is the flat plan of share s.
 
     Args:
