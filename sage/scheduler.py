@@ -20,7 +20,7 @@ from diffusers.schedulers.scheduling_utils import SCHEDULER_CONFIG_NAME, Schedul
 from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 
-from sage.solvers import SOLVERS, NotInTable, table_for
+from sage.solvers import SOLVERS, NotInTable, check_step_arguments, noise_draws, noise_dtype, table_for
 from sage_kernels import branch_step
 
 logger = logging.get_logger(__name__)
@@ -141,6 +141,7 @@ def sage_class(base: type) -> type:
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
         "__doc__": base.__doc__,
+        "_sage_wrapper": True,  # for sage.solvers: what this class overrides is not the user's doing
         "step": step,
         "set_timesteps": set_timesteps,
     }
@@ -164,7 +165,7 @@ class Trajectory:
     `table` is None where the scheduler's own `step` must run; `reason` then says why.
     """
 
-    def __init__(self, scheduler, base: type, index: int, eta: float):
+    def __init__(self, scheduler, index: int, eta: float):
         self.index, self.eta = index, eta
         self.history: list[torch.Tensor] = []
         self.last_sample: torch.Tensor | None = None
@@ -172,9 +173,8 @@ class Trajectory:
         self.table, self.reason = None, ""
         self._steps: torch.Tensor | None = None
         try:
-            if base is not getattr(sys.modules["diffusers"], base.__name__, None):
-                raise NotInTable(f"{base.__name__} is no class of diffusers itself")
             self.table = table_for(scheduler, begin=index, eta=eta)
+            self.draws = noise_draws(scheduler, begin=index, eta=eta)  # [S]: where stock draws, used or not
         except NotInTable as error:
             self.reason = str(error)
 
@@ -218,7 +218,7 @@ def _trajectory(scheduler, base, timestep, model_output, sample, kwargs) -> Traj
         return trajectory
     index = _row_of(scheduler, timestep)
     if trajectory is None or index != trajectory.index or eta != trajectory.eta:
-        trajectory = scheduler._sage_trajectory = Trajectory(scheduler, base, index, eta)
+        trajectory = scheduler._sage_trajectory = Trajectory(scheduler, index, eta)
     reason = trajectory.reason or _outside(model_output, sample, kwargs)
     if reason:
         if trajectory.history:
@@ -236,12 +236,10 @@ def _outside(model_output, sample, kwargs) -> str:
         return "a gradient is asked for"
     if model_output.shape != sample.shape:
         return f"model_output {tuple(model_output.shape)} and sample {tuple(sample.shape)} differ in shape"
-    if kwargs.get("use_clipped_model_output"):
-        return "use_clipped_model_output=True"
-    if kwargs.get("s_churn"):
-        return f"s_churn={kwargs['s_churn']}"
-    if kwargs.get("per_token_timesteps") is not None:
-        return "per_token_timesteps is given"
+    try:
+        check_step_arguments(**{name: value for name, value in kwargs.items() if name not in ("eta", "variance_noise")})
+    except NotInTable as error:
+        return str(error)
     return ""
 
 
@@ -288,7 +286,7 @@ def _table_step(scheduler, base, trajectory: Trajectory, model_output, sample, k
         parent = torch.arange(len(sample), dtype=torch.int32, device=device)
     else:
         parent = representative_of.to(torch.int32)
-    noise = _draw_noise(scheduler, base, trajectory, model_output, kwargs)
+    noise = _draw_noise(scheduler, trajectory, model_output, sample, kwargs)
     out = branch_step(
         sample.to(trajectory.dtype),
         model_output,
@@ -307,32 +305,15 @@ def _table_step(scheduler, base, trajectory: Trajectory, model_output, sample, k
     return _output(base, out.sample.to(returned), out.denoised, kwargs.get("return_dict", True))
 
 
-def _draw_noise(scheduler, base, trajectory, model_output, kwargs) -> torch.Tensor | None:
+def _draw_noise(scheduler, trajectory: Trajectory, model_output, sample, kwargs) -> torch.Tensor | None:
     """The draw that the class's own `step` would make here, [B, ...] float32: same generator, same dtype, same order."""
-    dtype = _noise_dtype(scheduler, base.__name__, trajectory, model_output.dtype)
-    if dtype is None:
+    if not trajectory.draws[trajectory.index]:
         return None
-    noise = kwargs.get("variance_noise")
+    noise, device = kwargs.get("variance_noise"), model_output.device
     if noise is None:
-        noise = randn_tensor(model_output.shape, generator=kwargs.get("generator"), device=model_output.device, dtype=dtype)
-    return noise.to(device=model_output.device, dtype=torch.float32)
-
-
-def _noise_dtype(scheduler, name: str, trajectory, model_dtype: torch.dtype) -> torch.dtype | None:
-    """The dtype in which class `name` draws noise at this step; None where it draws none."""
-    if name == "EulerAncestralDiscreteScheduler":
-        return model_dtype
-    if name == "DDIMScheduler":
-        return model_dtype if trajectory.eta > 0 else None
-    if name == "DDPMScheduler":
-        return model_dtype if scheduler.timesteps[trajectory.index] > 0 else None
-    if name == "LCMScheduler":
-        return model_dtype if trajectory.index != scheduler.num_inference_steps - 1 else None
-    if name == "DPMSolverMultistepScheduler":
-        return torch.float32 if scheduler.config.algorithm_type.startswith("sde") else None
-    if name == "FlowMatchEulerDiscreteScheduler":
-        return torch.float32 if scheduler.config.stochastic_sampling else None
-    return None
+        dtype = noise_dtype(scheduler, sample.dtype, model_output.dtype)
+        noise = randn_tensor(model_output.shape, generator=kwargs.get("generator"), device=device, dtype=dtype)
+    return noise.to(device=device, dtype=torch.float32)
 
 
 @functools.lru_cache(maxsize=None)

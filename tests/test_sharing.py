@@ -42,7 +42,7 @@ TABLE_SOLVERS = {
     "lcm": (LCMScheduler, {}),
 }
 OWN_STEP = {"kdpm2": (KDPM2DiscreteScheduler, {}), "pndm": (PNDMScheduler, {"skip_prk_steps": True})}
-SHARED_SOLVERS = ("ddim", "euler", "euler-a", "dpm++2m", "dpm++2m-sde", "dpm++3m", "unipc", "lcm")
+SHARED_SOLVERS = ("ddim", "euler", "euler-a", "dpm++2m", "dpm++2m-sde", "dpm++3m", "unipc", "heun", "lcm")
 
 
 @pytest.fixture(scope="module")
@@ -143,11 +143,12 @@ def test_ddim_with_eta_goes_through_the_table(pipe):
 @pytest.mark.parametrize("solver", SHARED_SOLVERS)
 def test_sharing_equals_the_hand_written_loop(pipe, solver):
     use(pipe, solver)
-    expected = shared_latents(pipe, pipe.scheduler, PROMPTS, NEGATIVES, SEEDS, GROUPS, 3, STEPS, GUIDANCE)
-    with sage.enable(pipe, flat(0.5)) as sharing:
+    calls, branch = (2 * STEPS - 1, 4) if solver == "heun" else (STEPS, 3)
+    expected = shared_latents(pipe, pipe.scheduler, PROMPTS, NEGATIVES, SEEDS, GROUPS, branch, STEPS, GUIDANCE)
+    with sage.enable(pipe, flat(branch / calls)) as sharing:
         got = draw(pipe)
     assert worst(got, expected) <= 1e-5
-    assert sharing.stats["rows"] == [2, 2, 2, 5, 5, 5]
+    assert sharing.stats["rows"] == [2] * branch + [5] * (calls - branch)
     assert far(got, draw(pipe)), "sharing must change the pictures of members"
 
 
