@@ -27,6 +27,7 @@ from sage.plan_checks import integer, texts
 
 __all__ = ["Embeddings", "embed_prompts"]
 
+SHIPPED = "sage.emoji text encoder"  # the name of "auto" in records
 SHIPPED_TOKENS = 64  # the shipped encoder has positions for these; its tokenizer's own limit is the diffusion model's
 MOST_TOKENS = 256  # of any other encoder that could read more
 BUCKET = 8  # batches are padded to a multiple of this
@@ -160,7 +161,7 @@ def _find(encoder: str, pipe: Any, device: Any) -> _Encoder:
     if encoder == "auto":
         from sage.emoji import text_encoder_path
 
-        return _load("auto", str(text_encoder_path()), True, SHIPPED_TOKENS, str(device))
+        return _load(SHIPPED, str(text_encoder_path()), True, SHIPPED_TOKENS, str(device))
     folder = Path(encoder).expanduser()
     if folder.is_dir():
         return _load(encoder, str(folder.resolve()), True, MOST_TOKENS, str(device))
@@ -181,7 +182,7 @@ def _load(name: str, source: str, local: bool, most_tokens: int, device: str) ->
         with torch.random.fork_rng(devices=[]):  # fresh weights of unused heads must not move the caller's random numbers
             model = AutoModel.from_pretrained(source, use_safetensors=True, **kind)
     except (OSError, ValueError) as error:
-        raise RuntimeError(f"embed_prompts: cannot load encoder {name!r} (a tokenizer and a model with safetensors "
+        raise RuntimeError(f"embed_prompts: cannot load encoder {name!r} (wanted a tokenizer and a model with safetensors "
                            f"weights, in a folder or on the hub): {error}") from error
     if model.config.is_encoder_decoder:
         model = model.get_encoder()
