@@ -1,0 +1,160 @@
+"""The pictures the embedded model learns from: colour emoji and their Unicode names.
+
+Artwork comes from the Noto Color Emoji font (bitmap strikes of 136 x 128 px), names and groups from Unicode's
+`emoji-test.txt`. Joined sequences (families, flags, professions) need Pillow's raqm layout engine; without it they
+fall apart into their pieces, so it is required rather than worked around.
+"""
+
+import dataclasses
+import hashlib
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+
+FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
+NAMES = Path("/usr/share/unicode/emoji/emoji-test.txt")
+STRIKE = 109  # the only bitmap size in the font [px]
+CANVAS = 136  # a strike is 136 x 128; it is centred on a square of this side [px]
+_LINE = re.compile(r"^([0-9A-F ]+?)\s*; (\S+)\s*# (\S+) E([\d.]+) (.+)$")
+
+
+@dataclasses.dataclass(frozen=True)
+class Emoji:
+    """One emoji as `emoji-test.txt` lists it."""
+
+    codepoints: tuple[int, ...]
+    name: str
+    group: str
+    subgroup: str
+
+    @property
+    def text(self) -> str:
+        return "".join(map(chr, self.codepoints))
+
+    @property
+    def toned(self) -> bool:
+        return "skin tone" in self.name
+
+    @property
+    def caption(self) -> str:
+        """The name as a phrase: "flag: Peru" becomes "flag of Peru", "man: beard" "man with beard"."""
+        kind, _, rest = self.name.partition(": ")
+        if not rest:
+            return self.name
+        if kind == "flag":
+            return f"flag of {rest}"
+        if kind == "keycap":
+            return f"keycap {rest}"
+        return f"{kind} with " + " and ".join(part.strip() for part in rest.split(","))
+
+
+@dataclasses.dataclass
+class Dataset:
+    """Pictures and captions, row i of every member belonging together.
+
+    rgb: [N, 3, 32, 32] uint8 on white.  rgba: [N, 4, 64, 64] uint8, straight alpha, for composing scenes.
+    toned: [N] bool, true for skin-tone variants.
+    """
+
+    rgb: torch.Tensor
+    rgba: torch.Tensor
+    toned: torch.Tensor
+    captions: list[str]
+    groups: list[str]
+
+    def untoned(self) -> "Dataset":
+        """The emoji without their skin-tone variants: what the generator and the scorer learn from."""
+        keep = (~self.toned).nonzero()[:, 0]
+        return Dataset(self.rgb[keep], self.rgba[keep], self.toned[keep],
+                       [self.captions[i] for i in keep], [self.groups[i] for i in keep])
+
+    def pictures(self) -> torch.Tensor:
+        """[N, 3, 32, 32] float32 in [-1, 1]."""
+        return self.rgb.float() / 127.5 - 1
+
+
+def parse_names(path: Path = NAMES) -> list[Emoji]:
+    """Fully-qualified emoji in file order."""
+    if not path.is_file():
+        raise RuntimeError(f"emoji names: wanted Unicode's emoji-test.txt, found nothing at {path}; "
+                           "install it (Debian: apt-get install unicode-data) or pass --names FILE")
+    rows, group, subgroup = [], "", ""
+    for line in path.read_text(encoding="utf8").splitlines():
+        if line.startswith("# group:"):
+            group = line.split(":", 1)[1].strip()
+        elif line.startswith("# subgroup:"):
+            subgroup = line.split(":", 1)[1].strip()
+        elif (match := _LINE.match(line)) and match[2] == "fully-qualified":
+            codepoints = tuple(int(x, 16) for x in match[1].split())
+            rows.append(Emoji(codepoints, match[5].strip(), group, subgroup))
+    return rows
+
+
+def load_font(path: Path = FONT):
+    """The font at its bitmap strike, laid out by raqm."""
+    from PIL import ImageFont, features
+
+    if not path.is_file():
+        raise RuntimeError(f"emoji font: wanted Noto Color Emoji, found nothing at {path}; "
+                           "install it (Debian: apt-get install fonts-noto-color-emoji) or pass --font FILE")
+    if not features.check("raqm"):
+        raise RuntimeError("emoji font: Pillow was built without raqm, which joins emoji sequences; "
+                           "use Pillow's own wheel (pip install --force-reinstall pillow)")
+    return ImageFont.truetype(str(path), STRIKE, layout_engine=ImageFont.Layout.RAQM)
+
+
+def draw(text: str, font, background: tuple[int, int, int, int] = (255, 255, 255, 255)):
+    """One emoji centred on a square RGBA canvas of `CANVAS` px."""
+    from PIL import Image, ImageDraw
+
+    canvas = Image.new("RGBA", (CANVAS, CANVAS), background)
+    ImageDraw.Draw(canvas).text((0, (CANVAS - 128) // 2), text, font=font, embedded_color=True)
+    return canvas
+
+
+def render(font_path: Path = FONT, names_path: Path = NAMES, limit: int | None = None) -> Dataset:
+    """Renders every emoji once; pixel-equal ones (territories sharing a flag) and blanks are dropped.
+
+    Args: limit (int | None): keep every k-th emoji, so that about this many remain (for quick runs).
+    """
+    from PIL import Image
+
+    font, rows = load_font(font_path), parse_names(names_path)
+    if limit is not None:
+        rows = rows[:: max(1, len(rows) // limit)]
+    seen, kept, rgb, rgba = set(), [], [], []
+    for row in tqdm(rows, desc="data: render", unit="emoji"):
+        opaque = draw(row.text, font).convert("RGB")
+        pixels = np.asarray(opaque)
+        digest = hashlib.sha256(pixels.tobytes()).digest()
+        if (pixels < 250).sum() < 200 or digest in seen:
+            continue
+        seen.add(digest)
+        kept.append(row)
+        rgb.append(np.asarray(opaque.resize((32, 32), Image.Resampling.LANCZOS)))
+        clear = draw(row.text, font, (0, 0, 0, 0))
+        rgba.append(np.asarray(clear.resize((64, 64), Image.Resampling.LANCZOS)))
+    stack = lambda images: torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
+    return Dataset(stack(rgb), stack(rgba), torch.tensor([row.toned for row in kept]),
+                   [row.caption for row in kept], [row.group for row in kept])
+
+
+def save(dataset: Dataset, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    words = [{"caption": c, "group": g} for c, g in zip(dataset.captions, dataset.groups)]
+    (folder / "captions.json").write_text(json.dumps(words, ensure_ascii=False, indent=0), encoding="utf8")
+    save_file({"rgb": dataset.rgb, "rgba": dataset.rgba, "toned": dataset.toned}, folder / "pictures.safetensors")
+
+
+def load(folder: Path) -> Dataset:
+    if not (folder / "pictures.safetensors").is_file():
+        raise RuntimeError(f"emoji data: nothing in {folder}; run: python -m sage.emoji.build --stage data")
+    tensors = load_file(folder / "pictures.safetensors")
+    words = json.loads((folder / "captions.json").read_text(encoding="utf8"))
+    return Dataset(tensors["rgb"], tensors["rgba"], tensors["toned"],
+                   [w["caption"] for w in words], [w["group"] for w in words])
