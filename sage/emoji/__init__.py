@@ -1,0 +1,71 @@
+"""The embedded default: a miniature Stable Diffusion that draws 32 px emoji, its text encoder and its scorer.
+
+    pipe = sage.emoji.load_pipeline()
+    image = pipe("grinning cat", num_inference_steps=20, guidance_scale=2.5).images[0]
+
+The weights ship with the package; `python -m sage.emoji.build` makes them from the font and the names. Importing this
+module imports neither torch nor diffusers.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import StableDiffusionPipeline
+
+    from .scorer import Scorer
+
+GUIDANCE_SCALE = 2.5  # what the published samples were drawn with
+NUM_INFERENCE_STEPS = 20
+
+_WEIGHTS = Path(__file__).parent / "weights"
+
+
+def _folder(path: Path, probe: str) -> Path:
+    if not (path / probe).is_file():
+        raise RuntimeError(f"sage.emoji: wanted {probe} in {path}, found none; the weights ship with the package: reinstall "
+                           "it, or build them with: python -m sage.emoji.build")
+    return path
+
+
+def model_path() -> Path:
+    """The folder to give to `StableDiffusionPipeline.from_pretrained`."""
+    return _folder(_WEIGHTS, "model_index.json")
+
+
+def text_encoder_path() -> Path:
+    """The folder to give to transformers' `AutoModel` and `AutoTokenizer` (which here reads up to 64 tokens).
+
+    A sentence embedding is the attention-masked mean of the last hidden states, divided by its norm.
+    """
+    return _folder(_WEIGHTS / "text_encoder", "tokenizer.json")
+
+
+def scorer_path() -> Path:
+    """The folder of the image tower."""
+    return _folder(_WEIGHTS / "scorer", "model.safetensors")
+
+
+def load_pipeline(torch_dtype: "torch.dtype | None" = None) -> "StableDiffusionPipeline":
+    """The pipeline, on the CPU, from the shipped folder alone.
+
+    Args: torch_dtype (torch.dtype | None): float32 where none is given (the file holds float16).
+    """
+    import torch
+    from diffusers import StableDiffusionPipeline
+
+    return StableDiffusionPipeline.from_pretrained(model_path(), torch_dtype=torch_dtype or torch.float32,
+                                                   local_files_only=True)
+
+
+def load_scorer() -> "Scorer":
+    """The scorer with its text encoder, in float32 on the CPU."""
+    import torch
+    from transformers import AutoModel, AutoTokenizer
+
+    from .scorer import Scorer, load_tower
+
+    folder = text_encoder_path()
+    encoder = AutoModel.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    return Scorer(load_tower(scorer_path()), encoder, AutoTokenizer.from_pretrained(folder, local_files_only=True))
