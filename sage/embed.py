@@ -12,11 +12,12 @@ tokens. So vectors depend on the set of prompts alone, never on their order or r
 the others by rounding at most.
 """
 
+import contextlib
 import functools
 import json
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -179,7 +180,8 @@ def _load(name: str, source: str, local: bool, most_tokens: int, device: str) ->
     kind = {"trust_remote_code": False, "local_files_only": local}
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **kind)
-        with torch.random.fork_rng(devices=[]):  # fresh weights of unused heads must not move the caller's random numbers
+        # Fresh weights of unused heads must not move the caller's random numbers.
+        with torch.random.fork_rng(devices=[]), _without_loading_bar():
             model = AutoModel.from_pretrained(source, use_safetensors=True, **kind)
     except (OSError, ValueError) as error:
         raise RuntimeError(f"embed_prompts: cannot load encoder {name!r} (wanted a tokenizer and a model with safetensors "
@@ -196,6 +198,20 @@ def _load(name: str, source: str, local: bool, most_tokens: int, device: str) ->
         return pool(model(input_ids=ids, attention_mask=mask).last_hidden_state, mask)
 
     return _Encoder(name, tokenizer, _limit(model, most_tokens), device, pooled)
+
+
+@contextlib.contextmanager
+def _without_loading_bar() -> Iterator[None]:
+    """Weights of a small encoder load at once; a bar for it would only come between the caller's own lines."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _from_pipeline(pipe: Any) -> _Encoder:
