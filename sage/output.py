@@ -26,7 +26,7 @@ from typing import Any
 
 from PIL.PngImagePlugin import PngInfo
 
-from sage.prompts import InputError, count
+from sage.prompts import InputError
 
 SERIES = {"images": "manifest.jsonl", "unshared": "unshared.jsonl"}  # folder of pictures → its manifest
 SINGLE_FILES = ("index.html", "plan.json", "report.json", *SERIES.values())
@@ -131,6 +131,7 @@ class PictureSeries:
 
     def add(self, indices: Iterable[int], images: Iterable, records: Iterable[dict]) -> None:
         """Write finished pictures and note them; what is already there is left alone."""
+        (self.root / self.folder).mkdir(exist_ok=True)
         lines = []
         for index, image, record in zip(indices, images, records, strict=True):
             index = int(index)
@@ -235,11 +236,6 @@ class OutputFolder:
         except OSError as error:
             raise InputError(f"{self.path}: cannot be prepared for output ({error.strerror or error}).") from None
 
-    def series(self, folder: str, prompts: Sequence[str], about: dict) -> PictureSeries:
-        """The pictures of one pass, in a sub-folder that is created here."""
-        (self.path / folder).mkdir(exist_ok=True)
-        return PictureSeries(self.path, folder, prompts, about)
-
     def _check_writable(self) -> None:
         # A missing parent is created later, so the nearest one that exists decides.
         nearest = next(folder for folder in (self.path.absolute(), *self.path.absolute().parents) if folder.exists())
@@ -275,9 +271,3 @@ def _sha256_of(path: Path) -> str | None:
 def digest(values: Any) -> str:
     """sha256 of any plain data, to tell whether two runs asked for the same."""
     return hashlib.sha256(to_json(values).encode("utf-8")).hexdigest()
-
-
-def saving_line(nfe: int, nfe_independent: int) -> str:
-    """One line on what sharing saved, in denoiser rows."""
-    saved = 1 - nfe / nfe_independent if nfe_independent else 0.0
-    return f"{nfe:,} of {count(nfe_independent, 'denoiser row')} ({saved:.1%} saved)"

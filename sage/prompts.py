@@ -22,14 +22,14 @@ class PromptSet:
     Attributes:
         source: name of the file, or "standard input".
         prompts: one entry per non-blank line, in file order, surrounding white space removed.
-        negative_prompts: one entry per prompt, or None when no line names one ("" where a line does not).
+        negative_prompts: one entry per prompt (None where a line names none), or None when no line names one.
         seeds: one int per prompt, or None when no line names one.
         blank: number of blank lines that were skipped.
     """
 
     source: str
     prompts: tuple[str, ...]
-    negative_prompts: tuple[str, ...] | None = None
+    negative_prompts: tuple[str | None, ...] | None = None
     seeds: tuple[int, ...] | None = None
     blank: int = 0
 
@@ -92,7 +92,7 @@ def parse_prompts(text: str, source: str, *, jsonl: bool) -> PromptSet:
     return PromptSet(
         source,
         tuple(row["prompt"] for row in rows),
-        _column(rows, "negative_prompt", default=""),
+        _column(rows, "negative_prompt"),
         _seed_column(rows, source),
         blank,
     )
@@ -180,8 +180,8 @@ def check_seed(seed, where: str) -> None:
         raise InputError(f"{where}: seed must be a whole number from 0 to {MAX_SEED}, got {_quote(seed)}.")
 
 
-def _column(rows: list[dict], key: str, default: str) -> tuple[str, ...] | None:
-    return tuple(row.get(key, default) for row in rows) if any(key in row for row in rows) else None
+def _column(rows: list[dict], key: str) -> tuple | None:
+    return tuple(row.get(key) for row in rows) if any(key in row for row in rows) else None
 
 
 def _seed_column(rows: list[dict], source: str) -> tuple[int, ...] | None:

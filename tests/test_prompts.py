@@ -76,7 +76,7 @@ def test_jsonl_reads_all_keys(tmp_path):
     rows = [{"prompt": " a fox ", "seed": 3}, {"prompt": "a hare", "negative_prompt": "blurry", "seed": 0}]
     got = read_prompts(write(tmp_path, "\n\n".join(map(json.dumps, rows)).encode(), "p.jsonl"))
     assert got.prompts == ("a fox", "a hare")
-    assert got.negative_prompts == ("", "blurry")
+    assert got.negative_prompts == (None, "blurry")
     assert (got.seeds, got.blank) == ((3, 0), 1)
 
 

@@ -1,0 +1,272 @@
+"""What `sage generate` does, step by step; sage/cli.py reads its options."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import inspect
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from sage.info import command_line, machine, versions
+from sage.loading import EMBEDDED, check_device, check_model, cut_prompts, load_model
+from sage.output import OutputFolder, PictureSeries, digest, to_json, write_atomic
+from sage.plan import SharingPlan
+from sage.planning import Grouping, leaves_of, load_plan, make_plan, seeded
+from sage.prompts import InputError, check_seed, count, read_prompts
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Request:
+    """Everything `sage generate` is told, apart from the prompts; None means the model's own default."""
+
+    out: str
+    model: str | None = None
+    grouping: Grouping = Grouping()
+    plan: str | None = None
+    steps: int | None = None
+    solver: str | None = None
+    seed: int = 0
+    guidance_scale: float | None = None
+    negative_prompt: str | None = None
+    batch_size: int = 32
+    max_rows: int | None = None
+    device: str | None = None
+    dtype: str | None = None
+    compare: bool = False
+    overwrite: bool = False
+    resume: bool = False
+
+    def check(self) -> None:
+        """Refuse what is out of range or unknown, before anything is loaded."""
+        self.grouping.check()
+        for option in ("steps", "batch_size", "max_rows"):
+            value = getattr(self, option)
+            if value is not None and value < 1:
+                raise InputError(f"--{option.replace('_', '-')} must be at least 1, got {value}.")
+        check_seed(self.seed, "--seed")
+        if self.guidance_scale is not None and not 0 <= self.guidance_scale < float("inf"):
+            raise InputError(f"--guidance-scale must be a number of at least 0, got {self.guidance_scale:g}.")
+        if self.solver is not None:
+            check_solver(self.solver)
+        check_device(self.device)
+
+
+def check_solver(solver: str) -> None:
+    """Refuse a solver that is not in the table, listing those that are."""
+    from sage.solvers import SOLVERS
+
+    if solver not in SOLVERS:
+        raise InputError(f"--solver {solver}: unknown; known solvers: {', '.join(SOLVERS)}.")
+
+
+class Generation:
+    """One `sage generate`: looks at everything first, then makes the pictures."""
+
+    def __init__(self, request: Request, source: str, say: Say, progress: bool = True):
+        self.request, self.say, self.progress = request, say, progress
+        request.check()
+        self.prompts = read_prompts(source)
+        self.images = request.grouping.images_per_prompt
+        self.clock: dict[str, float] = {}
+        self.written = 0  # pictures of this run that are on disk
+        asked = leaves_of(self.prompts, self.images)
+        self.fixed_plan = None if request.plan is None else load_plan(request.plan, asked)
+        self.folder = OutputFolder(request.out, overwrite=request.overwrite, resume=request.resume)
+        check_model(request.model)
+        for remark in self.prompts.remarks():
+            say(remark)
+
+    def run(self) -> dict:
+        """Plan, generate, compare, write. Returns the report."""
+        request = self.request
+        with self._timed("loading"):
+            self.pipe = load_model(request.model, request.device, request.dtype)
+        if request.solver is not None:
+            check_fits(self.pipe.scheduler, request.solver)
+        self.settings = self._settings()
+        resumed = request.resume and self.folder.check_resumable(self.settings)
+        former = self.folder.old_report() if resumed else {}
+        remark = cut_prompts(self.pipe, self.prompts.prompts)
+        if remark:
+            self.say(remark)
+        with self._timed("planning"):
+            self.plan, self.cosines = self._make_plan(resumed)
+        self._announce()
+        self.report = {"state": "running", "command": command_line(), "settings": self.settings}
+        self.report |= {"versions": versions(), "machine": machine(), "started": _now(), "seconds": self.clock}
+        if request.compare:
+            self._warm_up()
+        self.report["stats"] = self._sample("images", self.plan, resumed, former.get("stats"))
+        if request.compare:
+            alone = SharingPlan.independent(self.plan.leaves)
+            self.report["unshared_stats"] = self._sample("unshared", alone, resumed, former.get("unshared_stats"))
+        return self._finish()
+
+    def _make_plan(self, resumed: bool):
+        """The plan with a seed on every leaf, and the cosines to each trunk (None for a plan that was passed in)."""
+        if self.fixed_plan is not None:
+            plan, cosines = self.fixed_plan, None
+        else:
+            plan, cosines = make_plan(self.prompts, self.request.grouping, self.pipe)
+        if resumed:
+            plan = load_plan(str(self.folder.path / "plan.json"), plan.leaves)
+        return seeded(plan, self.prompts, self.request.seed, self.images), cosines
+
+    def _settings(self) -> dict:
+        """Everything that decides what the pictures look like, defaults filled in."""
+        request = self.request
+        steps, guidance = call_defaults(self.pipe, embedded=request.model is None)
+        return {
+            "model": request.model or EMBEDDED,
+            "prompts": digest([self.prompts.prompts, self.prompts.negative_prompts, self.prompts.seeds]),
+            **dataclasses.asdict(request.grouping),
+            "plan": None if self.fixed_plan is None else digest(self.fixed_plan.to_json()),
+            "steps": request.steps or steps,
+            "solver": request.solver,
+            "seed": request.seed,
+            "guidance_scale": guidance if request.guidance_scale is None else request.guidance_scale,
+            "negative_prompt": request.negative_prompt,
+            "dtype": str(self.pipe.dtype).removeprefix("torch."),
+        }
+
+    def _announce(self) -> None:
+        """Say what is coming. Nothing has been written yet."""
+        groups = sum(len(root.members) > 1 for root in self.plan.roots)
+        alone = sum(len(root.members) == 1 for root in self.plan.roots)
+        cost = self.plan.cost(self.settings["steps"])
+        self.say(
+            f"{count(len(self.plan.leaves), 'picture')}: {count(groups, 'group')}, {alone} alone; "
+            f"{cost.nfe:,} denoiser rows instead of {cost.nfe_independent:,} ({cost.saving:.1%} saved)."
+        )
+
+    def _warm_up(self) -> None:
+        """Two steps of one picture that nobody sees, so that neither clock pays for what only the first call costs."""
+        from sage.generation import generate
+
+        with self._timed("warming up"):
+            plan = SharingPlan.independent(self.plan.leaves[:1])
+            generate(self.pipe, [plan.leaves[0].prompt], plan=plan, num_inference_steps=2, solver=self.request.solver,
+                     guidance_scale=self.settings["guidance_scale"], progress=False)  # fmt: skip
+
+    def _sample(self, folder: str, plan: SharingPlan, resumed: bool, former: dict | None) -> dict:
+        """Make and write the pictures of a plan that are not there yet.
+
+        Returns:
+            The stats of what was made; `former`, those of the run that is resumed, when nothing was missing.
+        """
+        from sage.generation import generate
+
+        series = self._series(folder)
+        if resumed:
+            series.load()
+        open_roots = sorted({int(plan.root_of[index]) for index in series.missing})
+        kept = len(plan.leaves) - len(series.missing)
+        if kept:
+            self.say(f"{folder}: {kept} of {count(len(plan.leaves), 'picture')} are there already.")
+        if not open_roots:
+            return former or {"pictures": 0, "kept": kept}
+        part, originals = plan.subset(open_roots)
+        negatives = self._negatives()
+        with self._timed(folder):
+            result = generate(
+                self.pipe,
+                [leaf.prompt for leaf in part.leaves],
+                plan=part,
+                negative_prompt=None if negatives is None else [negatives[i] for i in originals],
+                num_inference_steps=self.settings["steps"],
+                guidance_scale=self.settings["guidance_scale"],
+                solver=self.request.solver,
+                batch_size=self.request.batch_size,
+                max_rows=self.request.max_rows,
+                progress=self.progress,
+                on_images=lambda indices, images, records: self._write(series, plan, originals, indices, images, records),
+            )
+        series.finish()
+        return {"pictures": len(part.leaves), "kept": kept, **result.stats}
+
+    def _series(self, folder: str) -> PictureSeries:
+        about = {"model": self.settings["model"], "steps": self.settings["steps"], "solver": self._solver_name()}
+        about |= {"guidance_scale": self.settings["guidance_scale"], "shared": folder == "images"}
+        return PictureSeries(self.folder.path, folder, [leaf.prompt for leaf in self.plan.leaves], about)
+
+    def _solver_name(self) -> str:
+        from sage.solvers import solver_name
+
+        return self.request.solver or solver_name(self.pipe.scheduler)
+
+    def _write(self, series: PictureSeries, plan: SharingPlan, originals, indices, images, records) -> None:
+        """Write the pictures of a pack, numbered as in the whole run. The first pack starts the folder."""
+        if not self.written:
+            self.folder.prepare()
+            write_atomic(self.folder.path / "plan.json", self.plan.to_json() + "\n")
+            self._write_report()
+        numbers = [int(originals[index]) for index in indices]
+        known = []
+        for number, record in zip(numbers, records, strict=True):
+            record = {**record, "group": int(plan.root_of[number])}
+            if self.cosines is not None and plan is self.plan:
+                record["similarity_to_trunk"] = float(self.cosines[number])
+            known.append(record)
+        series.add(numbers, images, known)
+        self.written += len(numbers)
+
+    def _negatives(self) -> list[str] | None:
+        """Negative prompt of each picture: its line's own, else the one for all."""
+        for_all, own = self.request.negative_prompt, self.prompts.negative_prompts
+        if own is None and for_all is None:
+            return None
+        lines = own or [None] * len(self.prompts)
+        return [for_all or "" if line is None else line for line in lines for _ in range(self.images)]
+
+    def _finish(self) -> dict:
+        from sage.gallery import write_gallery
+
+        self.report |= {"state": "complete", "finished": _now()}
+        self._write_report()
+        self.gallery = write_gallery(self.folder.path)
+        return self.report
+
+    def _write_report(self) -> None:
+        write_atomic(self.folder.path / "report.json", to_json(self.report, indent=1) + "\n")
+
+    def _timed(self, name: str):
+        return _Timer(self.clock, name)
+
+
+class _Timer:
+    def __init__(self, clock: dict[str, float], name: str):
+        self.clock, self.name = clock, name
+
+    def __enter__(self):
+        self.start = time.perf_counter()
+
+    def __exit__(self, *exc_info):
+        self.clock[self.name] = time.perf_counter() - self.start
+
+
+def call_defaults(pipe, *, embedded: bool) -> tuple[int, float | None]:
+    """Steps and guidance that a call without them uses: the pipeline's own, or what suits the embedded model."""
+    if embedded:
+        from sage.emoji import GUIDANCE_SCALE, NUM_INFERENCE_STEPS
+
+        return NUM_INFERENCE_STEPS, GUIDANCE_SCALE
+    parameters = inspect.signature(type(pipe).__call__).parameters
+    return parameters["num_inference_steps"].default, getattr(parameters.get("guidance_scale"), "default", None)
+
+
+def check_fits(scheduler, solver: str) -> None:
+    """Refuse a solver that was made for another kind of model than the one `scheduler` belongs to."""
+    from sage.scheduler import SageScheduler
+
+    try:
+        SageScheduler.from_config(scheduler.config, solver=solver)
+    except ValueError as error:
+        raise InputError(f"--solver {solver}: {error}.") from None
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")

@@ -1,0 +1,124 @@
+"""What is installed and what can run: for `sage info` and for every report."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import sys
+from pathlib import Path
+
+PACKAGES = ("torch", "diffusers", "transformers", "numpy", "triton", "safetensors", "pillow", "matplotlib")
+
+
+def versions() -> dict[str, str]:
+    """Version of this package, Python and everything pictures depend on; packages that are missing are left out."""
+    from sage_kernels.version import __version__
+
+    found = {"sage-diffusion": __version__, "python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def machine() -> dict:
+    """Processor, cores and accelerators; `summary` is one line of it."""
+    import torch
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    facts = {
+        "system": f"{platform.system()} {platform.machine()}",
+        "processor": _processor(),
+        "cores": cores,
+        "threads": torch.get_num_threads(),
+        "gpus": gpus,
+    }
+    where = ", ".join(gpus) if gpus else "no GPU"
+    facts["summary"] = f"{facts['system']}, {facts['processor']}, {cores} cores, {facts['threads']} threads, {where}"
+    return facts
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or "unknown processor"
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown processor")
+
+
+def info_text() -> str:
+    """The answer of `sage info`."""
+    import torch
+
+    from sage_kernels import backends
+
+    facts = machine()
+    lines = ["Versions", *_table(versions()), "", "Machine", *_table({k: facts[k] for k in ("system", "processor", "cores")})]
+    lines += ["", "Devices that torch can use", *(f"  {device}" for device in _devices(torch))]
+    lines += ["", "Kernel backends"]
+    available = backends.available()
+    lines += _table({name: "ready" if reason is None else f"no: {reason}" for name, reason in available.items()})
+    build = backends.build_info()
+    if available.get("cpu") is None and hasattr(backends, "cpu_isa"):
+        lines += _table({"cpu runs": backends.cpu_isa()})
+    elif build.get("mend"):
+        lines += ["  to get the cpu backend:", f"    {build['mend']}"]
+    lines += ["", "Build", *_table({k: v for k, v in build.items() if k != "mend" and v not in (None, [])})]
+    lines += ["", "Model", *_table(_shipped())]
+    return "\n".join(lines)
+
+
+def _devices(torch) -> list[str]:
+    devices = ["cpu"]
+    if torch.cuda.is_available():
+        devices += [f"cuda:{i}  {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count())]
+    if getattr(torch.backends, "mps", None) is not None and torch.backends.mps.is_available():
+        devices.append("mps")
+    return devices
+
+
+def _shipped() -> dict[str, str]:
+    """Whether the model that comes with the package is there, and the default encoder of prompts."""
+    if importlib.util.find_spec("sage.emoji") is None:
+        return {"embedded": "missing: this installation lacks sage.emoji", "encoder": "missing"}
+    try:
+        from sage.emoji import model_path, text_encoder_path
+
+        folder, encoder = Path(model_path()), Path(text_encoder_path())
+    except (ImportError, OSError, RuntimeError) as error:
+        return {"embedded": f"missing: {error}", "encoder": "missing"}
+    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) / 1e6
+    return {"embedded": f"{folder} ({size:.1f} MB)", "encoder": f"{encoder} (default for grouping)"}
+
+
+def schedulers_text() -> str:
+    """The answer of `sage info --schedulers`."""
+    from sage.solvers import SOLVERS, coverage
+
+    lines = ["Solvers for --solver"]
+    for name, (cls, options) in SOLVERS.items():
+        extra = f" ({', '.join(f'{key}={value}' for key, value in options.items())})" if options else ""
+        lines.append(f"  {name:<12} {cls}{extra}")
+    covered = coverage()
+    inside = [name for name, answer in covered.items() if answer == "table"]
+    lines += ["", f"diffusers classes in the coefficient table ({len(inside)})", *(f"  {name}" for name in inside)]
+    lines += ["", f"diffusers classes that keep their own step ({len(covered) - len(inside)}); sharing works with them too"]
+    lines += _table({name: answer for name, answer in covered.items() if answer != "table"})
+    return "\n".join(lines)
+
+
+def _table(rows: dict) -> list[str]:
+    width = max(map(len, rows), default=0)
+    return [f"  {key:<{width}}  {', '.join(map(str, value)) if isinstance(value, (list, tuple)) else value}" for key, value in rows.items()]
+
+
+def command_line() -> str:
+    """The command as it was typed, for the record."""
+    import shlex
+
+    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
