@@ -15,7 +15,7 @@ Symbols:
     sigmas    a diffusers schedule: sigma_t/alpha_t, or sigma_t itself for flow matching (then alpha_t = 1 - sigma_t)
 
 The Euler family keeps x scaled by 1/alpha_t (x = x0 + sigma*noise) and the model sees x/sqrt(sigma^2 + 1): column s.
-Column e exists for DDIM with clipping, where x0 is clipped and the predicted noise is not.
+Column e is for DDIM with clipping, where x0 is clipped and the predicted noise is not, and for Heun's second stage.
 
 One function per solver. All take plain arrays and know nothing of any library's scheduler objects. A combination that a
 row cannot express raises NotImplementedError and names the option. `start` is the first row that runs: multistep

@@ -52,6 +52,15 @@ def denoised_weights_scaled(prediction_type: str, sigma: float) -> tuple[float, 
     raise NotImplementedError(f"prediction_type {prediction_type!r}; there are {', '.join(PREDICTION_TYPES[:3])}")
 
 
+def derivative_weights(prediction_type: str, sigma: float) -> tuple[float, float]:
+    """(weight of x, weight of y) of (x - x0)/sigma for `denoised_weights_scaled`, without its cancellation."""
+    if prediction_type == "epsilon":
+        return 0.0, 1.0
+    if prediction_type == "v_prediction":
+        return sigma / (sigma**2 + 1), 1 / np.sqrt(sigma**2 + 1)
+    return 1 / sigma, -1 / sigma
+
+
 def model_input_scale(sigma):
     """1/sqrt(sigma^2 + 1): what the Euler family multiplies a sample with before the model sees it."""
     return 1 / np.sqrt(np.square(sigma) + 1)

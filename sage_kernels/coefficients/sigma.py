@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .convert import denoised_weights_scaled, model_input_scale
+from .convert import denoised_weights_scaled, derivative_weights, model_input_scale
 from .table import CoefficientTable, build, row, schedule
 
 
@@ -57,7 +57,8 @@ def heun(sigmas, timesteps, prediction_type: str, *, clip: float | None = None, 
         clip: clamp the predicted x0 to [-clip, clip].
 
     What is stored is x0, so derivatives are d(x, x0; sigma) = (x - x0)/sigma. The second stage restarts from L, the
-    sample before the first stage, and reads the first stage's x0 as m1.
+    sample before the first stage, and reads the first stage's x0 as m1. Its own derivative is taken from x and y where
+    nothing is clipped: a second stage at a small sigma would magnify the rounding of x - x0.
     """
     timesteps = schedule("timesteps", timesteps, start=start)
     sigmas = schedule("sigmas", sigmas, length=len(timesteps) + 1)
@@ -74,11 +75,14 @@ def heun(sigmas, timesteps, prediction_type: str, *, clip: float | None = None, 
         else:
             s, n = sigmas[i - 1], sigmas[i]
             p, q = denoised_weights_scaled(prediction_type, n)
-            now, before = (n - s) / 2 / n, (n - s) / 2 / s
-            # Alg. 1, line 8:  L + (n - s)/2*d(L, m1; s) + (n - s)/2*d(x, m0; n)
-            rows.append(
-                row(p=p, q=q, clip=clipping, u0=now, u1=1 + before, a=1.0, b0=-now, b1=-before, s=scale[i + 1])
-            )
+            half = (n - s) / 2
+            past = dict(u1=1 + half / s, a=1.0, b1=-half / s, s=scale[i + 1])  # L + half*d(L, m1; s)
+            if clip is None:
+                now_x, now_y = derivative_weights(prediction_type, n)
+                now = dict(u0=half * now_x, e=half * now_y)
+            else:
+                now = dict(u0=half / n, b0=-half / n, clip=clip)
+            rows.append(row(p=p, q=q, **past, **now))  # Alg. 1, line 8:  ... + half*d(x, m0; n)
     return build("heun", rows, timesteps, start=start, input_scale=scale[start], stage=stage)
 
 
