@@ -2,9 +2,9 @@
 
 Four trajectories per case, all from the same draws: diffusers' class and the table's rows, in float64 and in float32. In
 float64, diffusers' own code runs with its `torch.float32` bound to float64 and its schedule cast to float64, so that only
-rounding is left between the two: 4e-14 at worst where this was written. In float32, both run as users run them, and the
-table may be at most three times as far from the float64 trajectory as diffusers is, plus 1e-6. Measured: 0.8 times as far
-at the median, 2.4 times at worst; 3e-6 away from it, but for Heun on beta sigmas (2e-5, where diffusers is 2e-5 away too).
+rounding is left between the two: 1e-13 at worst where this was written. In float32, both run as users run them, and each is
+compared with the float64 trajectory: the table is 6e-6 away at worst, diffusers 5e-5 (Heun), and the table's error is 0.7
+times diffusers' at the median, 2.4 times at worst. The test allows 1e-5, and 3 times diffusers' error plus 1e-6.
 An error is max|difference| / max|sample| at its worst step. The model depends on its input and on the timestep, so an
 error in one step reaches the later ones.
 """
@@ -18,7 +18,7 @@ import pytest
 import torch
 from diffusers import schedulers
 
-from sage.solvers import SOLVERS, NotInTable, check_step_arguments, coverage, noise_draws, noise_dtype, solver_name, table_for
+from sage.solvers import SOLVERS, coverage, noise_draws, table_for
 from sage_kernels.coefficients import COLUMNS
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers under numpy 2
@@ -229,6 +229,13 @@ def cases():
         dynamic = {"use_dynamic_shifting": True, "time_shift_type": shift}
         case(flow, dynamic, steps={"num_inference_steps": 8, "mu": 1.15}, begin=2)
     case(flow, steps={"sigmas": [1.0, 0.8, 0.3, 0.2]})
+
+    for cls, overrides in [SOLVERS[name] for name in SOLVERS]:
+        case(cls, overrides, steps=1)
+        case(cls, overrides, steps=2)
+        case(cls, overrides, steps=10, begin=9)
+    for steps in (14, 15):
+        case(dpm, {"solver_order": 3, **FINALS[1]}, steps=steps)
     return found
 
 
@@ -257,7 +264,7 @@ def test_parity(case):
         assert error(stored, returned) < 1e-11
 
     (theirs32, _), (ours32, _) = trajectories(cls, config, dtype=torch.float32, **others)
-    assert error(ours32, theirs) < 3 * error(theirs32, theirs) + 1e-6
+    assert error(ours32, theirs) < min(1e-5, 3 * error(theirs32, theirs) + 1e-6)
 
 
 # Changes that a table must not survive: each is one plausible mistake.
@@ -331,136 +338,3 @@ def test_unipc_bh1_ends_at_x0_where_diffusers_multiplies_infinity_by_zero():
     (theirs, _), (ours, stored) = trajectories("UniPCMultistepScheduler", {"solver_type": "bh1"})
     assert error(ours[:-1], theirs[:-1]) < 1e-11 and not theirs[-1].isfinite().any()
     assert torch.equal(ours[-1], stored[-1])
-
-
-DPM, UNI, ZERO_SNR_EPS = "DPMSolverMultistepScheduler", "UniPCMultistepScheduler", {**ZERO_SNR, "prediction_type": "epsilon"}
-REFUSED = [
-    ("DDIMScheduler", {"thresholding": True}, {}, "thresholding"),
-    ("DDIMScheduler", ZERO_SNR_EPS, {}, "zero terminal SNR"),
-    ("DDPMScheduler", ZERO_SNR_EPS, {}, "zero terminal SNR"),
-    ("LCMScheduler", {"rescale_betas_zero_snr": True}, {}, "zero terminal SNR"),
-    ("DDIMScheduler", {}, {"eta": 1.5}, "eta"),
-    ("DDIMScheduler", {}, {"eta": -0.5}, "eta"),
-    ("EulerDiscreteScheduler", {}, {"eta": 0.5}, "eta"),
-    ("DDIMScheduler", {}, {"use_clipped_model_output": True}, "use_clipped_model_output"),
-    ("DDIMScheduler", {}, {"variance_noise": torch.zeros(1)}, "variance_noise"),
-    ("DDPMScheduler", {"thresholding": True}, {}, "thresholding"),
-    ("DDPMScheduler", {"variance_type": "fixed_large_log"}, {}, "fixed_large_log"),
-    ("DDPMScheduler", {"variance_type": "learned"}, {}, "learned"),
-    ("DDPMScheduler", {"variance_type": "learned_range"}, {}, "learned_range"),
-    ("DDPMScheduler", {"prediction_type": "flow"}, {}, "prediction_type 'flow'"),
-    ("EulerDiscreteScheduler", {}, {"s_churn": 0.1}, "s_churn"),
-    ("EulerDiscreteScheduler", {}, {"s_wobble": 0.1}, "s_wobble"),
-    ("EulerAncestralDiscreteScheduler", {"prediction_type": "sample"}, {}, "prediction_type sample"),
-    ("FlowMatchEulerDiscreteScheduler", {}, {"per_token_timesteps": torch.zeros(1)}, "per_token_timesteps"),
-    ("LCMScheduler", {"thresholding": True}, {}, "thresholding"),
-    (DPM, {"thresholding": True}, {}, "thresholding"),
-    (DPM, {"variance_type": "learned_range"}, {}, "learned_range"),
-    (DPM, {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"}, {}, "algorithm_type dpmsolver"),
-    (DPM, {"algorithm_type": "sde-dpmsolver", "final_sigmas_type": "sigma_min"}, {}, "algorithm_type sde-dpmsolver"),
-    (UNI, {"thresholding": True}, {}, "thresholding"),
-    (UNI, {"predict_x0": False}, {}, "predict_x0"),
-    (UNI, {"solver_order": 4}, {}, "order 4"),
-    (UNI, {"lower_order_final": False}, {}, "no finite coefficient"),  # order 2 to sigma 0; diffusers gives inf
-    ("LMSDiscreteScheduler", {}, {}, "LMSDiscreteScheduler"),
-    ("TCDScheduler", {}, {}, "TCDScheduler"),
-]
-
-
-@pytest.mark.parametrize("cls, config, arguments, message", REFUSED)
-def test_refused(cls, config, arguments, message):
-    scheduler = make(cls, config)
-    with pytest.raises(NotInTable, match=message):
-        table_for(scheduler, **arguments)
-
-
-def test_refused_solver_p():
-    scheduler = make(UNI, {})
-    scheduler.solver_p = make("DDIMScheduler", {})
-    with pytest.raises(NotInTable, match="solver_p"):
-        table_for(scheduler)
-
-
-def test_zero_snr_with_epsilon_is_in_the_table_once_the_blind_step_is_behind():
-    scheduler = make("DDIMScheduler", ZERO_SNR_EPS)
-    assert np.isfinite(table_for(scheduler, begin=1).rows[1:, :15]).all()
-
-
-def test_neutral_step_arguments_pass():
-    check_step_arguments(generator=None, return_dict=False, s_churn=0.0, s_tmin=0.0, s_tmax=float("inf"), s_noise=1.0)
-    check_step_arguments(use_clipped_model_output=False, variance_noise=None, per_token_timesteps=None)
-
-
-def test_subclasses_count_as_their_diffusers_class_unless_they_change_the_step():
-    class OwnSchedule(schedulers.DDIMScheduler):
-        def set_timesteps(self, *args, **kwargs):
-            super().set_timesteps(*args, **kwargs)
-
-    class OwnStep(schedulers.DDIMScheduler):
-        def step(self, *args, **kwargs):
-            return super().step(*args, **kwargs)
-
-    class Wrapper(OwnStep):
-        _sage_wrapper = True
-
-    OwnStepMarked = type("OwnStepMarked", (schedulers.DDIMScheduler,), {"step": OwnStep.step, "_sage_wrapper": True})
-    for cls in (OwnSchedule, OwnStepMarked):
-        scheduler = cls()
-        scheduler.set_timesteps(5)
-        assert len(table_for(scheduler)) == 5
-    for cls in (OwnStep, Wrapper):
-        with pytest.raises(NotInTable, match="OwnStep: overrides step"):
-            table_for(cls())
-
-
-def test_set_timesteps_and_begin_are_checked():
-    for cls in ("DDIMScheduler", "EulerDiscreteScheduler", "FlowMatchEulerDiscreteScheduler"):
-        with pytest.raises(ValueError, match="set_timesteps"):
-            table_for(getattr(schedulers, cls)())
-    with pytest.raises(ValueError, match="begin must be one of the 9 steps"):
-        table_for(make("DDIMScheduler", {}), begin=9)
-
-
-@pytest.mark.parametrize("name", SOLVERS)
-def test_solver_names(name):
-    cls, overrides = SOLVERS[name]
-    scheduler = make(cls, overrides)
-    assert solver_name(scheduler) == table_for(scheduler).solver == name
-
-
-def test_solver_name_outside_the_table():
-    assert solver_name(make("LMSDiscreteScheduler", {})) == "LMSDiscreteScheduler"
-
-
-DRAWING = [
-    ("DDIMScheduler", {}, 0.0),
-    ("DDIMScheduler", {}, 0.7),
-    ("DDIMParallelScheduler", {}, 0.7),
-    ("DDPMScheduler", {}, 0.0),
-    ("DDPMScheduler", {"timestep_spacing": "trailing"}, 0.0),
-    ("EulerDiscreteScheduler", {}, 0.0),
-    ("EulerAncestralDiscreteScheduler", {}, 0.0),
-    ("LCMScheduler", {}, 0.0),
-    (DPM, {}, 0.0),
-    (DPM, {"algorithm_type": "sde-dpmsolver++"}, 0.0),
-    ("FlowMatchEulerDiscreteScheduler", {"stochastic_sampling": True}, 0.0),
-]
-
-
-@pytest.mark.parametrize("dtypes", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.bfloat16)])
-@pytest.mark.parametrize("cls, config, eta", DRAWING)
-def test_noise_is_expected_where_and_in_the_dtype_in_which_diffusers_draws_it(cls, config, eta, dtypes, monkeypatch):
-    scheduler, drawn = make(cls, config), []
-
-    def record(shape, generator=None, device=None, dtype=None):
-        drawn.append(dtype)
-        return torch.zeros(shape, dtype=dtype)
-
-    monkeypatch.setattr(importlib.import_module(type(scheduler).__module__), "randn_tensor", record)
-    x, y = torch.zeros(1, 3, 2, dtype=dtypes[0]), torch.zeros(1, 3, 2, dtype=dtypes[1])
-    counts = [0]
-    for t in scheduler.timesteps:
-        scheduler.step(y, t, x, **({"eta": eta} if "DDIM" in cls else {}))
-        counts.append(len(drawn))
-    np.testing.assert_array_equal(np.diff(counts) == 1, noise_draws(scheduler, eta=eta))
-    assert set(drawn) <= {noise_dtype(scheduler, *dtypes)}
