@@ -15,6 +15,8 @@ namespace sage {
 namespace {
 
 constexpr const char* kStep = "branch_step";
+// Outputs beyond this are written past the caches: they would not be found there by whoever reads them next.
+constexpr int64_t kStreamedBytes = 16 << 20;
 constexpr int64_t kSerialChunks = 8;  // a thread gets at least this many chunks of kChunk elements
 
 DType dtype_of(const char* name, const Tensor& t) {
@@ -181,6 +183,7 @@ void branch_step(Tensor sample, Tensor model_output, Tensor table, Tensor step, 
     args.model_input = memory.output("out.model_input", *model_input, model, sample, args.copies * rows, model_bytes);
   }
 
+  args.streamed = rows * (state_bytes * (corrected ? 3 : 2) + model_bytes * args.copies) > kStreamedBytes;
   const int64_t chunks = (args.elements + kChunk - 1) / kChunk;
   torch::stable::parallel_for(0, chunks * rows, kSerialChunks, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; i++) {

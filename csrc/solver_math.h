@@ -37,12 +37,6 @@ SAGE_INLINE float sqrt_rn(float a) {
 #endif
 }
 
-// Comparisons with NaN are false, so NaN passes.
-SAGE_INLINE float clamp(float v, float bound) {
-  v = v > bound ? bound : v;
-  return v < -bound ? -bound : v;
-}
-
 template <class To, class From>
 SAGE_INLINE To bits_as(From from) {
   static_assert(sizeof(To) == sizeof(From), "same size");
@@ -51,67 +45,46 @@ SAGE_INLINE To bits_as(From from) {
   return to;
 }
 
-// Which terms of a row are there: one bit per coefficient that is not 0.
-enum Uses : uint32_t {
-  kP = 1 << 0, kQ = 1 << 1,
-  kU0 = 1 << 2, kU1 = 1 << 3, kU2 = 1 << 4, kU3 = 1 << 5, kU4 = 1 << 6, kU5 = 1 << 7,
-  kA = 1 << 8, kB0 = 1 << 9, kB1 = 1 << 10, kB2 = 1 << 11,
-  kE = 1 << 12, kC = 1 << 13,
-};
+// One update. `Machine` holds the inputs of one place in one output row and computes with values V: one element on a device,
+// a tile of elements on the CPU.
+//   V sample(), output(), last(), history(i), noise()    the inputs; output() has guidance applied
+//   Sum sum(place)                                       an empty sum, +0, to be kept at `place`
+//   Sum::term(float k, V value), V Sum::value()          adds the rounded product; the result
+//   V clamp(V, float bound)
+//   void put(V denoised, V corrected, V next, float s)   the outputs; the model input is s * next
+// A term whose coefficient is 0 is skipped, and its input is never asked for.
+enum Place { kDenoised, kCorrected, kNext };
 
-SAGE_INLINE uint32_t uses_of(const Row& k) {
-  const float coefficients[14] = {k.p, k.q, k.u[0], k.u[1], k.u[2], k.u[3], k.u[4], k.u[5],
-                                  k.a, k.b[0], k.b[1], k.b[2], k.e, k.c};
-  uint32_t uses = 0;
-  for (int i = 0; i < 14; i++) uses |= static_cast<uint32_t>(coefficients[i] != 0.0f) << i;
-  return uses;
-}
+template <class Machine>
+SAGE_INLINE void update(const Row& k, Machine& at) {
+  using V = typename Machine::Value;
+  const V x = at.sample(), y = at.output();
 
-template <class V>
-struct Updated {
-  V denoised, corrected, next, model_input;
-};
+  auto stored = at.sum(kDenoised);
+  if (k.p != 0.0f) stored.term(k.p, x);
+  if (k.q != 0.0f) stored.term(k.q, y);
+  const V m0 = at.clamp(stored.value(), k.clip);
 
-// V is one element or several side by side: mul(float, V), add(V, V), sub(V, V), clamp(V, float).
-// Inputs loads a V on demand: x(), cond(), uncond(), last(), m(i), noise(). A term whose coefficient is 0 loads nothing
-// (x and the model output are loaded always, and used only where their coefficient is not 0).
-template <class V, class Inputs>
-SAGE_INLINE Updated<V> update(const Row& k, uint32_t uses, bool guided, float guidance, const Inputs& in) {
-  const V zero = in.zero();
-  const V x = in.x();
-  V y = in.cond();
-  if (guided) {
-    const V u = in.uncond();
-    y = add(mul(guidance, sub(y, u)), u);
-  }
+  const V m1 = k.u[3] != 0.0f || k.b[1] != 0.0f ? at.history(0) : V{};
+  const V m2 = k.u[4] != 0.0f || k.b[2] != 0.0f ? at.history(1) : V{};
 
-  V m0 = zero;
-  if (uses & kP) m0 = add(m0, mul(k.p, x));
-  if (uses & kQ) m0 = add(m0, mul(k.q, y));
-  m0 = clamp(m0, k.clip);
+  auto corrected = at.sum(kCorrected);
+  if (k.u[0] != 0.0f) corrected.term(k.u[0], x);
+  if (k.u[1] != 0.0f) corrected.term(k.u[1], at.last());
+  if (k.u[2] != 0.0f) corrected.term(k.u[2], m0);
+  if (k.u[3] != 0.0f) corrected.term(k.u[3], m1);
+  if (k.u[4] != 0.0f) corrected.term(k.u[4], m2);
+  if (k.u[5] != 0.0f) corrected.term(k.u[5], at.history(2));
+  const V xc = corrected.value();
 
-  V m1 = zero, m2 = zero;
-  if (uses & (kU3 | kB1)) m1 = in.m(0);
-  if (uses & (kU4 | kB2)) m2 = in.m(1);
-
-  V xc = zero;
-  if (uses & kU0) xc = add(xc, mul(k.u[0], x));
-  if (uses & (kU1 | kU2 | kU3 | kU4 | kU5)) {
-    if (uses & kU1) xc = add(xc, mul(k.u[1], in.last()));
-    if (uses & kU2) xc = add(xc, mul(k.u[2], m0));
-    if (uses & kU3) xc = add(xc, mul(k.u[3], m1));
-    if (uses & kU4) xc = add(xc, mul(k.u[4], m2));
-    if (uses & kU5) xc = add(xc, mul(k.u[5], in.m(2)));
-  }
-
-  V next = zero;
-  if (uses & kA) next = add(next, mul(k.a, xc));
-  if (uses & kB0) next = add(next, mul(k.b[0], m0));
-  if (uses & kB1) next = add(next, mul(k.b[1], m1));
-  if (uses & kB2) next = add(next, mul(k.b[2], m2));
-  if (uses & kE) next = add(next, mul(k.e, y));
-  if (uses & kC) next = add(next, mul(k.c, in.noise()));
-  return Updated<V>{m0, xc, next, mul(k.s, next)};
+  auto next = at.sum(kNext);
+  if (k.a != 0.0f) next.term(k.a, xc);
+  if (k.b[0] != 0.0f) next.term(k.b[0], m0);
+  if (k.b[1] != 0.0f) next.term(k.b[1], m1);
+  if (k.b[2] != 0.0f) next.term(k.b[2], m2);
+  if (k.e != 0.0f) next.term(k.e, y);
+  if (k.c != 0.0f) next.term(k.c, at.noise());
+  at.put(m0, xc, next.value(), k.s);
 }
 
 struct Words {

@@ -10,15 +10,14 @@
 
 namespace sage {
 namespace baseline {
-#define SAGE_VECTOR_BYTES 16
 #include "branch_step_rows.h"
 }  // namespace baseline
 
 #ifdef SAGE_X86_COPIES
 #pragma GCC push_options
 #pragma GCC target("avx2,bmi2,f16c")
+#define SAGE_F16C 1
 namespace avx2 {
-#define SAGE_VECTOR_BYTES 32
 #include "branch_step_rows.h"
 }  // namespace avx2
 #pragma GCC pop_options
@@ -26,7 +25,6 @@ namespace avx2 {
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,bmi2,f16c,prefer-vector-width=512")
 namespace avx512 {
-#define SAGE_VECTOR_BYTES 64
 #include "branch_step_rows.h"
 }  // namespace avx512
 #pragma GCC pop_options

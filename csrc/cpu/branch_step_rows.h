@@ -1,203 +1,248 @@
-// The CPU kernels for one instruction set. Included by branch_step_cpu.cpp once per set, inside a namespace and a target
-// region of its own, with SAGE_VECTOR_BYTES set; hence no include guard, and no includes but the arithmetic.
+// The CPU kernels for one instruction set. branch_step_cpu.cpp includes this once per set, inside a namespace and a target
+// region of its own; hence no include guard, and no includes but the arithmetic. The loops are plain, for the vectoriser.
 #include "../solver_math.h"
 
-typedef float Floats __attribute__((vector_size(SAGE_VECTOR_BYTES)));
-typedef uint32_t Words32 __attribute__((vector_size(SAGE_VECTOR_BYTES)));
-typedef int32_t Ints32 __attribute__((vector_size(SAGE_VECTOR_BYTES)));
-typedef uint16_t Words16 __attribute__((vector_size(SAGE_VECTOR_BYTES / 2)));
-
-constexpr int kLanes = SAGE_VECTOR_BYTES / 4;
-constexpr int kBlock = 32;  // elements that go through `update` together
-constexpr int kVectors = kBlock / kLanes;
-constexpr int64_t kTile = 1024;  // elements of noise drawn at a time: 4 KB, stays in the first cache
-
-struct Block {
-  Floats v[kVectors];
-};
-
-#define SAGE_EACH_VECTOR _Pragma("GCC unroll 8") for (int i = 0; i < kVectors; i++)
-
-SAGE_INLINE Block mul(float k, const Block& b) {
-  Block out;
-  SAGE_EACH_VECTOR out.v[i] = k * b.v[i];
-  return out;
-}
-
-SAGE_INLINE Block add(const Block& a, const Block& b) {
-  Block out;
-  SAGE_EACH_VECTOR out.v[i] = a.v[i] + b.v[i];
-  return out;
-}
-
-SAGE_INLINE Block sub(const Block& a, const Block& b) {
-  Block out;
-  SAGE_EACH_VECTOR out.v[i] = a.v[i] - b.v[i];
-  return out;
-}
-
-SAGE_INLINE Block clamp(const Block& b, float bound) {
-  const Floats high = bound - Floats{}, low = -high;
-  Block out;
-  SAGE_EACH_VECTOR {
-    out.v[i] = b.v[i] > high ? high : b.v[i];
-    out.v[i] = out.v[i] < low ? low : out.v[i];
-  }
-  return out;
-}
+// Elements that go through `update` together: small enough that a dozen tiles of floats stay in the first cache.
+constexpr int kTile = 256;
 
 struct BFloat16 {
+  static constexpr bool kIeee = false;
   uint16_t bits;
 };
 struct Float16 {
+  static constexpr bool kIeee = true;
   uint16_t bits;
 };
 
-SAGE_INLINE Floats widen(Words16 h, BFloat16) { return bits_as<Floats>(__builtin_convertvector(h, Words32) << 16); }
+SAGE_INLINE float widen(BFloat16 h) { return bits_as<float>(static_cast<uint32_t>(h.bits) << 16); }
 
 // Rounds to nearest, ties to even; NaN stays NaN.
-SAGE_INLINE Words16 narrow(Floats f, BFloat16) {
-  const Words32 bits = bits_as<Words32>(f);
-  const Words32 rounded = (bits + (0x7FFFu + ((bits >> 16) & 1u))) >> 16;
-  const Words32 quiet = (bits >> 16) | 0x40u;
-  return __builtin_convertvector((Words32)(f == f ? rounded : quiet), Words16);
+SAGE_INLINE void narrow(float f, BFloat16& h) {
+  const uint32_t bits = bits_as<uint32_t>(f);
+  const uint32_t rounded = bits + 0x7FFFu + ((bits >> 16) & 1u);
+  h.bits = static_cast<uint16_t>((rounded | (f == f ? 0u : 0x7FC00000u)) >> 16);
 }
 
-#if defined(__F16C__) || SAGE_VECTOR_BYTES > 16
-SAGE_INLINE Floats widen(Words16 h, Float16) {
-#if SAGE_VECTOR_BYTES == 32
-  return bits_as<Floats>(_mm256_cvtph_ps(bits_as<__m128i>(h)));
-#else
-  return bits_as<Floats>(_mm512_cvtph_ps(bits_as<__m256i>(h)));
-#endif
-}
-
-SAGE_INLINE Words16 narrow(Floats f, Float16) {
-#if SAGE_VECTOR_BYTES == 32
-  return bits_as<Words16>(_mm256_cvtps_ph(bits_as<__m256>(f), _MM_FROUND_TO_NEAREST_INT));
-#else
-  return bits_as<Words16>(_mm512_cvtps_ph(bits_as<__m512>(f), _MM_FROUND_TO_NEAREST_INT));
-#endif
-}
-#else
 // Subnormal halves go through a float whose last place is 2^-24, the step between them: no subnormal float appears.
-SAGE_INLINE Floats widen(Words16 h, Float16) {
-  const Words32 word = __builtin_convertvector(h, Words32), magnitude = word & 0x7FFFu;
-  const Words32 rebias = magnitude >= 0x7C00u ? Words32{} + (224u << 23) : Words32{} + (112u << 23);
-  const Words32 normal = (magnitude << 13) + rebias;
-  const Words32 subnormal = bits_as<Words32>(bits_as<Floats>(magnitude | 0x3F000000u) - 0.5f);
-  return bits_as<Floats>((Words32)(magnitude < 0x400u ? subnormal : normal) | ((word & 0x8000u) << 16));
+SAGE_INLINE float widen(Float16 h) {
+  const uint32_t word = h.bits, magnitude = word & 0x7FFFu;
+  const uint32_t normal = (magnitude << 13) + (magnitude >= 0x7C00u ? 224u << 23 : 112u << 23);
+  const uint32_t subnormal = bits_as<uint32_t>(bits_as<float>(magnitude | 0x3F000000u) - 0.5f);
+  return bits_as<float>((magnitude < 0x400u ? subnormal : normal) | ((word & 0x8000u) << 16));
 }
 
-SAGE_INLINE Words16 narrow(Floats f, Float16) {
-  const Words32 bits = bits_as<Words32>(f), magnitude = bits & 0x7FFFFFFFu;
-  const Words32 normal = (magnitude - (112u << 23) + 0xFFFu + ((magnitude >> 13) & 1u)) >> 13;
-  const Words32 subnormal = bits_as<Words32>(bits_as<Floats>(magnitude) + 0.5f) - 0x3F000000u;
-  Words32 half = magnitude < 0x38800000u ? subnormal : normal;
-  half = magnitude >= 0x477FF000u ? Words32{} + 0x7C00u : half;  // rounds beyond the largest half
-  half = magnitude > 0x7F800000u ? Words32{} + 0x7E00u : half;
-  return __builtin_convertvector(half | ((bits >> 16) & 0x8000u), Words16);
+SAGE_INLINE void narrow(float f, Float16& h) {
+  const uint32_t bits = bits_as<uint32_t>(f), magnitude = bits & 0x7FFFFFFFu;
+  const uint32_t normal = (magnitude - (112u << 23) + 0xFFFu + ((magnitude >> 13) & 1u)) >> 13;
+  const uint32_t subnormal = bits_as<uint32_t>(bits_as<float>(magnitude) + 0.5f) - 0x3F000000u;
+  uint32_t half = magnitude < 0x38800000u ? subnormal : normal;
+  half = magnitude >= 0x477FF000u ? 0x7C00u : half;  // rounds beyond the largest half
+  half = magnitude > 0x7F800000u ? 0x7E00u : half;
+  h.bits = static_cast<uint16_t>(half | ((bits >> 16) & 0x8000u));
 }
+
+template <class Half>
+static void widen_all(const Half* __restrict from, float* __restrict to, int count) {
+  int i = 0;
+#ifdef SAGE_F16C
+  if constexpr (Half::kIeee) {
+    for (; i + 8 <= count; i += 8) {
+      _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i))));
+    }
+  }
 #endif
-
-SAGE_INLINE Block load(const float* from) {
-  Block out;
-  memcpy(&out, from, sizeof(out));
-  return out;
+  for (; i < count; i++) to[i] = widen(from[i]);
 }
 
-template <class Half>
-SAGE_INLINE Block load(const Half* from) {
-  Block out;
-  SAGE_EACH_VECTOR {
-    Words16 words;
-    memcpy(&words, from + i * kLanes, sizeof(words));
-    out.v[i] = widen(words, Half{});
-  }
-  return out;
-}
-
-SAGE_INLINE void store(float* to, const Block& b) { memcpy(to, &b, sizeof(b)); }
-
-template <class Half>
-SAGE_INLINE void store(Half* to, const Block& b) {
-  SAGE_EACH_VECTOR {
-    const Words16 words = narrow(b.v[i], Half{});
-    memcpy(to + i * kLanes, &words, sizeof(words));
-  }
-}
-
-// The last elements of a row, fewer than a block, go through a padded copy.
+// to[i] = k * from[i], rounded to T.
 template <class T>
-SAGE_INLINE Block load_part(const T* from, int64_t count) {
-  T padded[kBlock] = {};
-  memcpy(padded, from, count * sizeof(T));
-  return load(padded);
+static void scale_all(float k, const float* __restrict from, T* __restrict to, int count) {
+  int i = 0;
+#ifdef SAGE_F16C
+  if constexpr (T::kIeee) {
+    for (; i + 8 <= count; i += 8) {
+      const __m256 scaled = _mm256_mul_ps(_mm256_set1_ps(k), _mm256_loadu_ps(from + i));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i), _mm256_cvtps_ph(scaled, _MM_FROUND_TO_NEAREST_INT));
+    }
+  }
+#endif
+  for (; i < count; i++) narrow(mul(k, from[i]), to[i]);
 }
 
-template <class T>
-SAGE_INLINE void store_part(T* to, const Block& b, int64_t count) {
-  T padded[kBlock];
-  store(padded, b);
-  memcpy(to, padded, count * sizeof(T));
+static void scale_all(float k, const float* from, float* to, int count) {
+  if (k == 1.0f) {
+    if (from != to) memcpy(to, from, count * sizeof(float));
+    return;
+  }
+  for (int i = 0; i < count; i++) to[i] = mul(k, from[i]);
 }
 
-// The inputs and outputs of one output row, at its first element; `noise` at the first element of the tile.
+// Copies past the caches: writing a whole line without reading it first saves a third of the traffic.
+static void stream(void* to, const void* from, int64_t bytes) {
+#ifdef SAGE_X86_COPIES
+  if (reinterpret_cast<uintptr_t>(to) % 16 == 0) {
+    const int64_t blocks = bytes / 16;
+    __m128i* const out = static_cast<__m128i*>(to);
+    const __m128i* const in = static_cast<const __m128i*>(from);
+    for (int64_t i = 0; i < blocks; i++) _mm_stream_si128(out + i, _mm_loadu_si128(in + i));
+    memcpy(out + blocks, in + blocks, bytes - 16 * blocks);
+    return;
+  }
+#endif
+  memcpy(to, from, bytes);
+}
+
+template <int kTerms>
+static void add_up(float* __restrict out, const float* const* values, const float* k, int count) {
+  constexpr int kLast = kTerms - 1;
+  const auto which = [](int t) { return t < kLast ? t : kLast; };
+  const float *v0 = values[0], *v1 = values[which(1)], *v2 = values[which(2)];
+  const float *v3 = values[which(3)], *v4 = values[which(4)], *v5 = values[which(5)];
+  const float k0 = k[0], k1 = k[which(1)], k2 = k[which(2)], k3 = k[which(3)], k4 = k[which(4)], k5 = k[which(5)];
+  for (int i = 0; i < count; i++) {
+    float sum = add(0.0f, mul(k0, v0[i]));
+    if constexpr (kTerms > 1) sum = add(sum, mul(k1, v1[i]));
+    if constexpr (kTerms > 2) sum = add(sum, mul(k2, v2[i]));
+    if constexpr (kTerms > 3) sum = add(sum, mul(k3, v3[i]));
+    if constexpr (kTerms > 4) sum = add(sum, mul(k4, v4[i]));
+    if constexpr (kTerms > 5) sum = add(sum, mul(k5, v5[i]));
+    out[i] = sum;
+  }
+}
+
+static void add_up(float* out, const float* const* values, const float* k, int terms, int count) {
+  switch (terms) {
+    case 0: memset(out, 0, count * sizeof(float)); break;
+    case 1: add_up<1>(out, values, k, count); break;
+    case 2: add_up<2>(out, values, k, count); break;
+    case 3: add_up<3>(out, values, k, count); break;
+    case 4: add_up<4>(out, values, k, count); break;
+    case 5: add_up<5>(out, values, k, count); break;
+    default: add_up<6>(out, values, k, count); break;
+  }
+}
+
+// A sum computed in one pass, when all its terms are known.
+struct TileSum {
+  float* out;
+  int count, terms;
+  const float* values[6];
+  float k[6];
+
+  SAGE_INLINE void term(float coefficient, const float* value) {
+    k[terms] = coefficient;
+    values[terms++] = value;
+  }
+  SAGE_INLINE const float* value() const {
+    add_up(out, values, k, terms, count);
+    return out;
+  }
+};
+
+// Normals of elements [begin, begin + count) of a row; begin is a multiple of 4, count at most kTile.
+static void draw(uint64_t seed, uint32_t call, uint32_t tag, int64_t begin, int count, float* out) {
+  float quads[4][kTile / 4];
+  const int64_t first = begin / 4;
+  const int blocks = (count + 3) / 4, whole = count / 4;
+#pragma GCC ivdep
+  for (int j = 0; j < blocks; j++) {
+    normal4(seed, static_cast<uint64_t>(first + j), call, tag, quads[0][j], quads[1][j], quads[2][j], quads[3][j]);
+  }
+  for (int j = 0; j < whole; j++) {
+    for (int k = 0; k < 4; k++) out[4 * j + k] = quads[k][j];
+  }
+  for (int i = 4 * whole; i < count; i++) out[i] = quads[i % 4][whole];
+}
+
+// Where one output row reads and writes, at its first element; null for what is not given or not wanted.
 template <class M, class S>
 struct RowData {
   const S *sample, *last, *history[3];
   const M *cond, *uncond;
   const float* noise;
   S *next, *denoised, *corrected;
-  M *model_input[2];
+  M *model_input, *model_input_again;
+  uint64_t seed;
+  uint32_t call;
+  bool seeded;
+  float guidance;
+  bool streamed;  // the outputs are larger than the caches
 };
 
-// What `update` reads: the block at `at`, whole or only its first `count` elements.
-template <class M, class S, bool kWhole>
-struct BlockInputs {
+// The machine of `update`: a value is a tile of floats, the input itself if that is float32 and else a widened copy.
+template <class M, class S>
+struct Tile {
+  using Value = const float*;
   const RowData<M, S>& row;
-  int64_t at, in_tile, count;
+  int64_t begin;
+  int count;
+  alignas(64) float scratch[9][kTile];
 
-  template <class T>
-  SAGE_INLINE Block get(const T* data, int64_t offset) const {
-    return kWhole ? load(data + offset) : load_part(data + offset, count);
-  }
-  SAGE_INLINE Block zero() const { return Block{}; }
-  SAGE_INLINE Block x() const { return get(row.sample, at); }
-  SAGE_INLINE Block cond() const { return get(row.cond, at); }
-  SAGE_INLINE Block uncond() const { return get(row.uncond, at); }
-  SAGE_INLINE Block last() const { return get(row.last, at); }
-  SAGE_INLINE Block m(int i) const { return get(row.history[i], at); }
-  SAGE_INLINE Block noise() const { return get(row.noise, in_tile); }
+  Tile(const RowData<M, S>& data, int64_t at, int64_t end)
+      : row(data), begin(at), count(static_cast<int>(end - at < kTile ? end - at : kTile)) {}  // scratch stays unset
 
-  template <class T>
-  SAGE_INLINE void put(T* data, const Block& b) const {
-    if (data == nullptr) return;
-    kWhole ? store(data + at, b) : store_part(data + at, b, count);
+  SAGE_INLINE const float* read(const float* from, int) { return from + begin; }
+  template <class Half>
+  SAGE_INLINE const float* read(const Half* from, int slot) {
+    widen_all(from + begin, scratch[slot], count);
+    return scratch[slot];
   }
-  SAGE_INLINE void put_all(const Updated<Block>& out) const {
-    put(row.next, out.next);
-    put(row.denoised, out.denoised);
-    put(row.corrected, out.corrected);
-    put(row.model_input[0], out.model_input);
-    put(row.model_input[1], out.model_input);
+
+  SAGE_INLINE Value sample() { return read(row.sample, 3); }
+  SAGE_INLINE Value output() {
+    const float* const cond = read(row.cond, 4);
+    if (row.uncond == nullptr) return cond;
+    const float* const uncond = read(row.uncond, 5);
+    float* const guided = scratch[4];
+    for (int i = 0; i < count; i++) guided[i] = add(mul(row.guidance, sub(cond[i], uncond[i])), uncond[i]);
+    return guided;
+  }
+  SAGE_INLINE Value history(int i) { return read(row.history[i], 5 + i); }
+  SAGE_INLINE Value last() { return read(row.last, 8); }
+  SAGE_INLINE Value noise() {
+    if (!row.seeded) return row.noise + begin;
+    draw(row.seed, row.call, 0, begin, count, scratch[8]);
+    return scratch[8];
+  }
+
+  SAGE_INLINE TileSum sum(Place place) {
+    float* out = scratch[place];
+    if constexpr (sizeof(S) == sizeof(float)) {  // a float32 state is computed where it is stored
+      if (place == kDenoised && !row.streamed) out = row.denoised + begin;
+      if (place == kNext && !row.streamed) out = row.next + begin;
+    }
+    return TileSum{out, count, 0, {}, {}};
+  }
+  SAGE_INLINE Value clamp(Value value, float bound) {
+    if (bound == __builtin_inff()) return value;
+    float* const kept = const_cast<float*>(value);
+    for (int i = 0; i < count; i++) {  // comparisons with NaN are false, so NaN passes
+      const float v = kept[i] > bound ? bound : kept[i];
+      kept[i] = v < -bound ? -bound : v;
+    }
+    return kept;
+  }
+  SAGE_INLINE void put(Value denoised, Value corrected, Value next, float s) {
+    store(1.0f, denoised, row.denoised);
+    store(1.0f, corrected, row.corrected);
+    store(1.0f, next, row.next);
+    store(s, next, row.model_input, row.model_input_again);
+  }
+  template <class T>
+  SAGE_INLINE void store(float k, Value value, T* to, T* again = nullptr) {
+    if (to == nullptr) return;
+    const int64_t bytes = count * sizeof(T);
+    if (!row.streamed) {
+      scale_all(k, value, to + begin, count);
+      if (again) memcpy(again + begin, to + begin, bytes);
+      return;
+    }
+    T* const packed = reinterpret_cast<T*>(scratch[8]);
+    scale_all(k, value, packed, count);
+    stream(to + begin, packed, bytes);
+    if (again) stream(again + begin, packed, bytes);
   }
 };
-
-// Normals of elements [begin, begin + count) of a row; begin is a multiple of 4, count at most kTile.
-static void draw(uint64_t seed, uint32_t call, uint32_t tag, int64_t begin, int64_t count, float* out) {
-  float quads[4][kTile / 4];
-  const int64_t first = begin / 4, blocks = (count + 3) / 4;
-#pragma GCC ivdep
-  for (int64_t j = 0; j < blocks; j++) {
-    normal4(seed, static_cast<uint64_t>(first + j), call, tag, quads[0][j], quads[1][j], quads[2][j], quads[3][j]);
-  }
-  const int64_t whole = count / 4;
-  for (int64_t j = 0; j < whole; j++) {
-    for (int k = 0; k < 4; k++) out[4 * j + k] = quads[k][j];
-  }
-  for (int64_t i = 4 * whole; i < count; i++) out[i] = quads[i % 4][whole];
-}
 
 template <class T>
 static const T* row_of(const RowsIn& rows, int64_t row) {
@@ -207,42 +252,34 @@ static const T* row_of(const RowsIn& rows, int64_t row) {
 
 template <class M, class S>
 static void step_row(const BranchStep& args, int64_t row, int64_t begin, int64_t end) {
-  const Row k = args.table[args.step[row]];
-  const uint32_t uses = uses_of(k);
-  const bool guided = args.uncond.data != nullptr;
-  const bool seeded = (uses & kC) && args.seed != nullptr;
-  const float guidance = guided ? args.guidance[row] : 1.0f;
   const int64_t place = row * args.elements, copy = args.rows * args.elements;
   M* const model_input = static_cast<M*>(args.model_input);
-
-  RowData<M, S> data;
+  RowData<M, S> data{};
   data.sample = row_of<S>(args.sample, row);
   data.last = row_of<S>(args.last, row);
   for (int i = 0; i < 3; i++) data.history[i] = row_of<S>(args.m[i], row);
   data.cond = row_of<M>(args.model_output, row);
   data.uncond = row_of<M>(args.uncond, row);
+  data.noise = row_of<float>(args.noise, row);
   data.next = static_cast<S*>(args.next) + place;
   data.denoised = static_cast<S*>(args.denoised) + place;
-  data.corrected = args.corrected ? static_cast<S*>(args.corrected) + place : nullptr;
-  data.model_input[0] = args.copies > 0 ? model_input + place : nullptr;
-  data.model_input[1] = args.copies > 1 ? model_input + copy + place : nullptr;
-  const float* const given = row_of<float>(args.noise, row);
+  if (args.corrected) data.corrected = static_cast<S*>(args.corrected) + place;
+  if (args.copies > 0) data.model_input = model_input + place;
+  if (args.copies > 1) data.model_input_again = model_input + copy + place;
+  data.seeded = args.seed != nullptr;
+  if (data.seeded) data.seed = args.seed[row], data.call = args.call[row];
+  if (data.uncond) data.guidance = args.guidance[row];
 
-  float drawn[kTile];
-  for (int64_t tile = begin; tile < end; tile += kTile) {
-    const int64_t count = end - tile < kTile ? end - tile : kTile;
-    if (seeded) draw(args.seed[row], args.call[row], 0, tile, count, drawn);
-    data.noise = seeded ? drawn : given + tile;
-    int64_t i = 0;
-    for (; i + kBlock <= count; i += kBlock) {
-      const BlockInputs<M, S, true> block{data, tile + i, i, kBlock};
-      block.put_all(update<Block>(k, uses, guided, guidance, block));
-    }
-    if (i < count) {
-      const BlockInputs<M, S, false> block{data, tile + i, i, count - i};
-      block.put_all(update<Block>(k, uses, guided, guidance, block));
-    }
+  data.streamed = args.streamed;
+
+  const Row k = args.table[args.step[row]];
+  for (int64_t at = begin; at < end; at += kTile) {
+    Tile<M, S> tile(data, at, end);
+    update(k, tile);
   }
+#ifdef SAGE_X86_COPIES
+  if (args.streamed) _mm_sfence();
+#endif
 }
 
 static void branch_step(const BranchStep& args, int64_t row, int64_t begin, int64_t end) {
@@ -256,11 +293,8 @@ static void branch_step(const BranchStep& args, int64_t row, int64_t begin, int6
 
 static void normals(const Normals& args, int64_t row, int64_t begin, int64_t end) {
   float* const out = args.out + row * args.elements;
-  for (int64_t tile = begin; tile < end; tile += kTile) {
-    const int64_t count = end - tile < kTile ? end - tile : kTile;
-    draw(args.seed[row], args.call[row], args.tag, tile, count, out + tile);
+  for (int64_t at = begin; at < end; at += kTile) {
+    const int count = static_cast<int>(end - at < kTile ? end - at : kTile);
+    draw(args.seed[row], args.call[row], args.tag, at, count, out + at);
   }
 }
-
-#undef SAGE_EACH_VECTOR
-#undef SAGE_VECTOR_BYTES
