@@ -118,7 +118,7 @@ def _pictures(folder: Path, series: str) -> dict[int, dict]:
     found = {}
     for row in read_manifest(folder / SERIES[series]):
         parent, _, name = str(row.get("file")).partition("/")
-        if parent == series and PICTURE_NAME.fullmatch(name) and (folder / parent / name).is_file():
+        if parent == series and PICTURE_NAME.fullmatch(name) and (folder / parent / name).is_file() and isinstance(row.get("index"), int):
             found[row["index"]] = row
     return found
 
@@ -293,7 +293,10 @@ def _clock_tile(report: dict) -> str:
         return _tile(f"{seconds:.1f} s", f"{stats.get('images_per_second', 0):.2f} pictures per second")
     shared = seconds + (report.get("seconds") or {}).get("planning", 0.0)  # sharing has to pay for its plan
     other = unshared["seconds"]
-    return _tile(f"{1 - shared / other:.1%}", f"time saved: {shared:.1f} s shared, {other:.1f} s unshared", main=shared < other)
+    clocks = f"{shared:.1f} s shared, {other:.1f} s unshared"
+    if shared >= other:
+        return _tile(f"+{shared / other - 1:.1%}", f"more time: {clocks}")
+    return _tile(f"{1 - shared / other:.1%}", f"time saved: {clocks}", main=True)
 
 
 def _rows_chart(rows: list[int], resolved: ResolvedPlan) -> str:
