@@ -1,0 +1,47 @@
+# make demo   pictures from a fresh clone, with and without sharing, side by side
+# make test   all tests
+# Both build and run in a virtual environment of their own; nothing outside this folder changes.
+#
+# TORCH   what to install as torch, any pip arguments: make demo TORCH="torch==2.13.0 --index-url URL"
+# VENV    where the environment goes                   PYTHON  what makes it          OUT  where the pictures go
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+unexport PYTHONPATH
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= $(shell grep -m1 '^torch==' constraints.txt)
+OUT ?= demo-out
+
+PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet
+NATIVE := setup.py pyproject.toml constraints.txt $(wildcard csrc/*.* csrc/*/*.*)
+
+.PHONY: help demo test
+help:
+	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
+
+# torch comes first and alone: the build needs it, and what follows must not bring another one.
+$(VENV)/torch.txt: constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	@echo "Installing $(TORCH); this may download a lot"
+	$(PIP) $(TORCH)
+	$(PIP) -c constraints.txt setuptools wheel ninja pybind11
+	@sed '/^torch==/d' constraints.txt > $(VENV)/constraints.txt
+	@$(VENV)/bin/python -c 'from importlib.metadata import version; print("torch==" + version("torch"))' | tee -a $(VENV)/constraints.txt > $@
+
+$(VENV)/sage.txt: $(VENV)/torch.txt $(NATIVE)
+	@echo "Building sage-diffusion"
+	$(PIP) -c $(VENV)/constraints.txt --no-build-isolation -e .
+	@$(VENV)/bin/sage info | tee $@ > /dev/null
+
+$(VENV)/test.txt: $(VENV)/sage.txt
+	$(PIP) -c $(VENV)/constraints.txt --no-build-isolation -e '.[test]'
+	@$(VENV)/bin/python -m pip --disable-pip-version-check freeze --exclude-editable > $@
+
+demo: $(VENV)/sage.txt
+	$(VENV)/bin/sage generate examples/prompts.txt --out $(OUT) --compare --overwrite
+
+test: $(VENV)/test.txt
+	$(VENV)/bin/python -m pytest -q

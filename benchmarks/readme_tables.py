@@ -1,0 +1,78 @@
+"""Fill the tables of README.md from committed measurements, or check that they agree.
+
+    python benchmarks/readme_tables.py           rewrite the blocks
+    python benchmarks/readme_tables.py --check   exit 1 when the README says something else than the JSON
+
+A block is `<!-- table:NAME -->` … `<!-- /table -->`; NAME is benchmarks/results/NAME.json, which holds
+
+    "table": {"columns": ["solver", "saved", …], "rows": [["ddim", 0.251, …], …], "formats": [null, ".1%", …]}
+
+`formats` may be left out; it says how the numbers of a column are written. Whatever else the JSON holds (machine, command,
+raw samples) is for the reader who follows the link below the table.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = "benchmarks/results"
+BLOCK = re.compile(r"<!-- table:([a-z0-9_-]+) -->\n.*?<!-- /table -->", re.DOTALL)
+
+
+def filled(readme: str, root: Path = ROOT) -> str:
+    """The README's text with every block made again from its JSON."""
+    return BLOCK.sub(lambda match: f"<!-- table:{match[1]} -->\n{_block(match[1], root)}\n<!-- /table -->", readme)
+
+
+def _block(name: str, root: Path) -> str:
+    path = root / RESULTS / f"{name}.json"
+    if not path.exists():
+        return "*Not measured yet.*"
+    data = json.loads(path.read_text(encoding="utf-8"))
+    if "table" not in data:
+        raise ValueError(f'{path}: wanted a key "table" with "columns" and "rows", got {", ".join(data)}')
+    return f"{markdown_table(**data['table'])}\n\nFrom [`{name}.json`]({RESULTS}/{name}.json)."
+
+
+def markdown_table(columns: list[str], rows: list[list], formats: list[str | None] | None = None) -> str:
+    """A Markdown table; a column whose first value is a number is set to the right.
+
+    Raises:
+        ValueError: a row has another number of values than there are columns.
+    """
+    formats = formats or [None] * len(columns)
+    for values in (formats, *rows):
+        if len(values) != len(columns):
+            raise ValueError(f"table: wanted {len(columns)} values as there are columns, got {len(values)}: {values}")
+    numeric = [bool(rows) and isinstance(value, (int, float)) for value in (rows[0] if rows else columns)]
+    lines = [list(columns), ["---:" if right else "---" for right in numeric]]
+    lines += [[_cell(value, form) for value, form in zip(row, formats)] for row in rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _cell(value, form: str | None) -> str:
+    if value is None:
+        return "–"
+    if form is not None and isinstance(value, (int, float)):
+        return format(value, form)
+    return str(value).replace("|", "\\|")
+
+
+def main() -> int:
+    readme = ROOT / "README.md"
+    old = readme.read_text(encoding="utf-8")
+    new = filled(old)
+    if "--check" in sys.argv[1:]:
+        if new != old:
+            print("README.md differs from benchmarks/results; run: python benchmarks/readme_tables.py")
+        return int(new != old)
+    readme.write_text(new, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
