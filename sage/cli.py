@@ -59,7 +59,6 @@ def cli(context, debug: bool):
     and "seed" per line, or - for standard input.
     """
     context.obj = debug
-    warnings.showwarning = _show_warning
 
 
 @cli.command()
@@ -224,6 +223,7 @@ def main() -> None:
     """Entry point of the `sage` command."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    warnings.showwarning = _show_warning
     cli()
 
 

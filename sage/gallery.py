@@ -162,7 +162,7 @@ def tree_svg(order: list[int], segments: dict[tuple, list[int]], num_calls: int)
         stroke = f"var(--{'bark' if shared else 'leaf'})"
         lines.append(f'<path d="{start}V{bottom:.1f}" stroke="{stroke}" stroke-width="{_thickness(len(members))}"/>')
         if shared:
-            note = f"{len(members)} as one row, calls {first + 1}–{end}"
+            note = f"{len(members)} as one row, {count(end - first, 'call')}"
             height = (top + bottom) / 2 + 4 if parent is None else bottom - 1  # below the bend that led here
             labels.append(f'<text x="{here + 12:.1f}" y="{height:.1f}">{note}</text>')
     return (

@@ -76,6 +76,8 @@ def check_device(device: str | None):
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).split("\n")[0]
         raise InputError(f"--device {device}: cannot be used here ({reason}).") from None
+    if wanted.type == "meta":
+        raise InputError("--device meta: holds no numbers, so nothing can be drawn on it.")
     return wanted
 
 

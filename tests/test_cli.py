@@ -102,6 +102,14 @@ def test_report_has_planned_and_actual_cost(run):
     assert report["seconds"].keys() >= {"loading", "planning", "images", "unshared"}
 
 
+def test_documented_keys_are_the_written_keys(run):
+    folder, _ = run
+    text = (Path(__file__).resolve().parent.parent / "docs" / "output.md").read_text(encoding="utf-8")
+    report = json.loads((folder / "report.json").read_text())
+    written = {*read_manifest(folder / "manifest.jsonl")[0], *report, *report["stats"]} - {"encoder"}
+    assert [key for key in written if f"`{key}`" not in text] == []
+
+
 def test_two_copies_of_a_prompt_are_two_pictures(run):
     folder, _ = run
     rows = read_manifest(folder / "manifest.jsonl")
