@@ -106,8 +106,11 @@ def generate(
         grouping = dict(share=share, similarity=similarity, max_group_size=max_group_size, images_per_prompt=images_per_prompt)
         embeddings = embed_prompts(prompts, encoder=encoder, pipe=pipe)
         plan = plan_prompts(prompts, embeddings, **grouping)
-    plan = _with_seeds(plan, prompts, images_per_prompt, seed, seeds)
-    similarities = None if embeddings is None else _similarities(plan, embeddings.vectors, images_per_prompt)
+    asked = [prompt for prompt in prompts for _ in range(images_per_prompt)]
+    if [leaf.prompt for leaf in plan.leaves] != asked:
+        raise ValueError(mismatch(asked, [leaf.prompt for leaf in plan.leaves]))
+    plan = seeded(plan, seed, seeds, images_per_prompt)
+    similarities = None if embeddings is None else trunk_similarities(plan, embeddings.vectors, images_per_prompt)
     if negatives is not None:
         negatives = [negative for negative in negatives for _ in range(images_per_prompt)]
     chosen = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
@@ -135,6 +138,36 @@ def leaf_seed(base: int, prompt: str, image_index: int) -> int:
     """A picture's seed from (base seed, prompt text, image index): 63 bits of BLAKE2b, the same on every machine."""
     text = f"{base}\x00{image_index}\x00{prompt}".encode("utf-8", "surrogatepass")
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
+
+
+def seeded(plan: SharingPlan, base: int = 0, seeds: Sequence[int] | None = None, images: int = 1) -> SharingPlan:
+    """The plan with a seed on every leaf: the caller's, else the one that the plan brings, else `leaf_seed`.
+
+    Args:
+        base: base seed of the derived ones.
+        seeds: one per prompt; image k of a prompt gets its seed + k.
+        images: pictures of each prompt; leaf i belongs to prompt i // images.
+    """
+    leaves = []
+    for index, leaf in enumerate(plan.leaves):
+        seed = leaf.seed
+        if seeds is not None:
+            seed = seeds[index // images] + index % images
+        elif seed is None:
+            seed = leaf_seed(base, leaf.prompt, leaf.image_index)
+        leaves.append(replace(leaf, seed=seed))
+    return replace(plan, leaves=tuple(leaves))
+
+
+def trunk_similarities(plan: SharingPlan, vectors: np.ndarray, images: int = 1) -> np.ndarray:
+    """float [B]: cosine of each leaf's prompt with that of its trunk's representative.
+
+    Args:
+        vectors: [n, d], rows of length 1, one per prompt; leaf i belongs to prompt i // images.
+    """
+    trunks = np.array([plan.roots[root].representative for root in plan.root_of])
+    prompt_of = np.arange(len(plan.leaves)) // images
+    return (vectors[prompt_of] * vectors[prompt_of[trunks]]).sum(axis=1)
 
 
 def pack(plan: SharingPlan, batch_size: int) -> list[list[int]]:
@@ -179,13 +212,6 @@ def _borrowed(pipe, solver: str | None):
             pipe._progress_bar_config = bar
         if sliced is False:
             vae.disable_slicing()
-
-
-def _similarities(plan: SharingPlan, vectors: np.ndarray, images: int) -> np.ndarray:
-    """float [B]: cosine of each leaf's prompt with its trunk's representative's."""
-    trunks = np.array([plan.roots[root].representative for root in plan.root_of])
-    prompt_of = np.arange(len(plan.leaves)) // images
-    return (vectors[prompt_of] * vectors[prompt_of[trunks]]).sum(axis=1)
 
 
 def _run_pack(pipe, plan: SharingPlan, negatives, max_rows, on_call, kwargs: dict):
@@ -236,22 +262,6 @@ def _check_prompts(prompts, images_per_prompt, seeds, negative_prompt, batch_siz
     if len(negative_prompt) != len(prompts):
         raise ValueError(f"negative_prompt must be one for all or one per prompt, {len(prompts)}, got {len(negative_prompt)}")
     return list(negative_prompt)
-
-
-def _with_seeds(plan: SharingPlan, prompts: list[str], images: int, base: int, seeds: Sequence[int] | None) -> SharingPlan:
-    """The plan with a seed on every leaf: the caller's, else the one that the plan brings, else the derived one."""
-    asked = [(prompt, k) for prompt in prompts for k in range(images)]
-    if [leaf.prompt for leaf in plan.leaves] != [prompt for prompt, _ in asked]:
-        raise ValueError(mismatch([prompt for prompt, _ in asked], [leaf.prompt for leaf in plan.leaves]))
-    leaves = []
-    for index, leaf in enumerate(plan.leaves):
-        seed = leaf.seed
-        if seeds is not None:
-            seed = seeds[index // images] + index % images
-        elif seed is None:
-            seed = leaf_seed(base, leaf.prompt, leaf.image_index)
-        leaves.append(replace(leaf, seed=seed))
-    return replace(plan, leaves=tuple(leaves))
 
 
 def _records(plan: SharingPlan, indices, similarities: np.ndarray | None, negatives, num_calls: int) -> list[dict[str, Any]]:
