@@ -225,11 +225,12 @@ def test_first_order_solvers_agree(sigmas, prediction_type):
 @EVERY
 @given(schedules(flow=True))
 def test_dpmpp1_for_flow_matching_is_flow_euler(sigmas):
-    once, flow = (f(sigmas, numbered(sigmas)) for f in (lambda *a: dpmpp(*a, "flow_prediction", order=1, flow=True), flow_euler))
+    once = dpmpp(sigmas, numbered(sigmas), "flow_prediction", order=1, flow=True)
+    flow = flow_euler(sigmas, numbered(sigmas))
     # both as weights of x and y:  a + b0*p and b0*q
-    for x, y in [(once.column("a") + once.column("b0") * once.column("p"), once.column("b0") * once.column("q"))]:
-        np.testing.assert_allclose(x, flow.column("a"), atol=1e-12)
-        np.testing.assert_allclose(y, flow.column("b0"), atol=1e-12)
+    a, b0, p, q = (once.column(name) for name in ("a", "b0", "p", "q"))
+    np.testing.assert_allclose(a + b0 * p, flow.column("a"), atol=1e-12)
+    np.testing.assert_allclose(b0 * q, flow.column("b0"), atol=1e-12)
 
 
 @EVERY
@@ -370,8 +371,10 @@ def test_half_log_snr():
 
 
 def test_equal_sigmas_leave_the_sample_alone():
-    for table in (dpmpp([2, 1, 1], [1, 0], "sample", order=2, solver_type="heun", final_sigmas_zero=False, lower_order_final=False),
-                  unipc([2, 1, 1], [1, 0], "sample", order=2, lower_order_final=False, disable_corrector=[0])):  # fmt: skip
+    schedule = ([2, 1, 1], [1, 0], "sample")
+    second = dpmpp(*schedule, solver_type="heun", final_sigmas_zero=False, lower_order_final=False)
+    predictor = unipc(*schedule, lower_order_final=False, disable_corrector=[0])
+    for table in (second, predictor):
         check_row(table, 1, p=0, q=1, a=1)
 
 
@@ -402,7 +405,7 @@ REFUSED = [
     (NotImplementedError, "alpha_t = 0", lambda: ddim([0.5, 0.0], 1.0, [1], [0], "epsilon")),
     (NotImplementedError, "prediction_type 'x'; there are epsilon", lambda: ddpm(ALPHAS_CUMPROD, [1], [0], "x")),
     (NotImplementedError, "'flow_prediction'; there are epsilon", lambda: euler(SIGMAS, STEPS, "flow_prediction")),
-    (NotImplementedError, "'flow_prediction' with clipping", lambda: ddim(ALPHAS_CUMPROD, 1, [1], [0], "flow_prediction", clip=1.0)),
+    (NotImplementedError, "with clipping", lambda: ddim(ALPHAS_CUMPROD, 1, [1], [0], "flow_prediction", clip=1.0)),
     (NotImplementedError, "variance_type 'learned'", lambda: ddpm(ALPHAS_CUMPROD, [1], [0], "sample", variance_type="learned")),
     (NotImplementedError, "order 4; there are 1, 2, 3", lambda: dpmpp(SIGMAS, STEPS, "sample", order=4)),
     (NotImplementedError, "solver_type 'bh2'", lambda: dpmpp(SIGMAS, STEPS, "sample", solver_type="bh2")),

@@ -9,9 +9,10 @@ Symbols:
 
     x         sample the model was called with (unscaled)       y      model output, after guidance
     m1 m2 m3  values stored by the previous calls               L      xc of the previous call
-    alpha_t   signal scale, alpha_t = sqrt(alphas_cumprod)      P, A   alphas_cumprod at the previous (less noisy) and at the current timestep
+    alpha_t   signal scale, alpha_t = sqrt(alphas_cumprod)      A, P   alphas_cumprod now, and after the step
     sigma_t   noise scale: x_t = alpha_t*x0 + sigma_t*noise     eps    the noise in x_t, (x - alpha_t*x0)/sigma_t
-    lambda_t  log(alpha_t) - log(sigma_t), half the log-SNR     h      lambda of the next sample minus lambda of this one
+    lambda_t  log(alpha_t) - log(sigma_t), half the log-SNR     h      lambda after the step minus lambda now
+    s, n      sigma now, and after the step (Euler family)
     sigmas    a diffusers schedule: sigma_t/alpha_t, or sigma_t itself for flow matching (then alpha_t = 1 - sigma_t)
 
 The Euler family keeps x scaled by 1/alpha_t (x = x0 + sigma*noise) and the model sees x/sqrt(sigma^2 + 1): column s.
