@@ -80,8 +80,15 @@ def _index(name, value, rows, bound, device, what):
             _refuse(ValueError, "branch_step", name, wanted, f"{int(value[row])} at row {row}", "check the plan's indices")
 
 
-def check_flags(out, want_corrected, model_input):
-    """`model_input` is known, and preallocated outputs are there exactly when asked for."""
+def check_flags(history, history_parent, out, want_corrected, model_input):
+    """What the native op cannot see: `model_input` is known, preallocated outputs are there exactly when asked for, and the
+    history has at most three tensors with an index each."""
+    if len(history) > 3:
+        _refuse(ValueError, "branch_step", "history", "at most m1, m2, m3", f"{len(history)} tensors", "pass the newest three")
+    if history_parent is not None and len(history_parent) != len(history):
+        count = f"{len(history_parent)} for {len(history)} history tensors"
+        wanted = "None or one index tensor per history tensor"
+        _refuse(ValueError, "branch_step", "history_parent", wanted, count, "pass one for each")
     if model_input not in MODEL_INPUT:
         known = ", ".join(map(repr, MODEL_INPUT))
         raise ValueError(f"branch_step: model_input must be one of {known}; got {model_input!r}")
@@ -151,12 +158,6 @@ def _check_guidance(got, rows):
 
 def _check_history(got, history, history_parent, rows):
     sample = got["sample"]
-    if len(history) > 3:
-        _refuse(ValueError, "branch_step", "history", "at most m1, m2, m3", f"{len(history)} tensors", "pass the newest three")
-    if history_parent is not None and len(history_parent) != len(history):
-        count = f"{len(history_parent)} for {len(history)} history tensors"
-        wanted = "None or one index tensor per history tensor"
-        _refuse(ValueError, "branch_step", "history_parent", wanted, count, "pass one for each")
     for i, tensor in enumerate(history):
         _tensor(f"history[{i}]", tensor, (sample.dtype,), ((f"R_{i + 1}", None), *_shape(sample)), sample.device)
         name = "parent" if history_parent is None else f"history_parent[{i}]"

@@ -6,7 +6,6 @@
 Loading happens once, when the package is imported; nothing is ever compiled at run time.
 """
 
-import functools
 import importlib
 import json
 import warnings
@@ -54,6 +53,9 @@ def _load():
 
 
 _NATIVE_REFUSAL = _load()
+_MEND = build_info()["mend"] or MEND
+_CHOSEN = {}
+_WARNED = set()
 
 
 def available():
@@ -61,23 +63,21 @@ def available():
     return {"reference": None, "cpu": _NATIVE_REFUSAL, "cuda": _NOT_HERE, "triton": _NOT_HERE}
 
 
-def _mend():
-    return build_info()["mend"] or MEND
-
-
-@functools.cache
-def _warn_slow(kind, reason, mend):
-    advice = f" To get them: {mend}" if mend else ""
+def warn_reference(kind):
+    """Say once per kind of device that "auto" had to take the reference, and what mends that."""
+    if kind in _WARNED:
+        return
+    _WARNED.add(kind)
+    reason, mend = (_NATIVE_REFUSAL, f" To get them: {_MEND}") if kind == "cpu" else ("not in this version", "")
     warnings.warn(
         f"sage_kernels: no native kernels for {kind} tensors ({reason}); the plain-torch reference runs instead, "
-        f"with the same results but slower.{advice}",
+        f"with the same results but slower.{mend}",
         RuntimeWarning,
-        stacklevel=4,
+        stacklevel=2,
     )
 
 
-@functools.cache
-def _resolve(name, kind):
+def _choose(name, kind):
     known = ("auto", *available())
     if name not in known:
         raise ValueError(f"backend must be one of {', '.join(known)}; got {name!r}")
@@ -87,21 +87,23 @@ def _resolve(name, kind):
         if kind != "cpu":
             raise ValueError(f"backend 'cpu' cannot run on {kind} tensors; use backend='auto' or 'reference'")
         if _NATIVE_REFUSAL:
-            raise RuntimeError(f"backend 'cpu' cannot run: {_NATIVE_REFUSAL}. To get it: {_mend()}")
+            raise RuntimeError(f"backend 'cpu' cannot run: {_NATIVE_REFUSAL}. To get it: {_MEND}")
     if name != "auto":
         return name
-    if kind != "cpu":
-        _warn_slow(kind, "not in this version", None)
-    elif _NATIVE_REFUSAL:
-        _warn_slow(kind, _NATIVE_REFUSAL, _mend())
-    else:
+    if kind == "cpu" and _NATIVE_REFUSAL is None:
         return "cpu"
     return "reference"
 
 
 def resolve(name, device):
     """The backend that runs when `name` is asked for on `device`; a backend forced by name that cannot run raises."""
-    return _resolve(name, torch.device(device).type)
+    kind = device.type if isinstance(device, torch.device) else torch.device(device).type
+    chosen = _CHOSEN.get((name, kind))
+    if chosen is None:
+        chosen = _choose(name, kind)
+        if not torch.compiler.is_compiling():
+            _CHOSEN[name, kind] = chosen
+    return chosen
 
 
 def cpu_isa(force=None):
@@ -114,7 +116,7 @@ def cpu_isa(force=None):
         RuntimeError: the native kernels are missing, or the processor cannot run the one asked for.
     """
     if _NATIVE_REFUSAL:
-        raise RuntimeError(f"cpu_isa: {_NATIVE_REFUSAL}. To get the native kernels: {_mend()}")
+        raise RuntimeError(f"cpu_isa: {_NATIVE_REFUSAL}. To get the native kernels: {_MEND}")
     names = ("baseline", "avx2", "avx512")
     if force is None:
         code = -1

@@ -59,18 +59,28 @@ def _normals_reference(seed, call, tag, out):
 
 
 def _register(name, schema, function):
-    """`name` runs whatever kernel is attached for the device, else the reference; `name`_reference always the reference."""
-    overloads = []
-    for full in (name, f"{name}_reference"):
+    """`name` runs the kernel attached for the device, else the reference, with a warning; `name`_reference the reference."""
+
+    def unless_native(*args):
+        backends.warn_reference(args[0].device.type)
+        function(*args)
+
+    overloads = {}
+    for backend, full, kernel in (("auto", name, unless_native), ("reference", f"{name}_reference", function)):
         _LIBRARY.define(full + schema)
-        _LIBRARY.impl(full, function, "CompositeExplicitAutograd")
+        _LIBRARY.impl(full, kernel, "CompositeExplicitAutograd")
         torch.library.register_fake(f"sage_kernels::{full}", lambda *args: None, lib=_LIBRARY)
-        overloads.append(getattr(torch.ops.sage_kernels, full).default)
-    return {"cpu": overloads[0], "reference": overloads[1]}
+        overloads[backend] = getattr(torch.ops.sage_kernels, full).default
+    return overloads
 
 
 _BRANCH_STEP_OPS = _register("branch_step", _BRANCH_STEP, _branch_step_reference)
 _NORMALS_OPS = _register("normals", _NORMALS, _normals_reference)
+
+
+def _op(overloads, backend):
+    """The overload to call once `backends.resolve` has agreed: the dispatcher finds the native kernel, or there is none."""
+    return overloads["reference" if backend == "reference" else "auto"]
 
 
 def branch_step(
@@ -143,7 +153,7 @@ def branch_step(
         input, writes R_out * D per output [elements].
     """
     name = backends.resolve(backend, getattr(sample, "device", "cpu"))
-    arguments.check_flags(out, want_corrected, model_input)
+    arguments.check_flags(history, history_parent, out, want_corrected, model_input)
     arguments.check_gradient(sample, model_output)
     m1, m2, m3 = (*history, None, None, None)[:3]
     i1, i2, i3 = (None, None, None) if history_parent is None else (*history_parent, None, None, None)[:3]
@@ -151,10 +161,10 @@ def branch_step(
         sample, model_output, table, step, parent, uncond_output, guidance, m1, m2, m3, i1, i2, i3, last_sample,
         noise, noise_index, seed, call,
     )  # fmt: skip
-    refusal = None
+    op, refusal = _op(_BRANCH_STEP_OPS, backend), None
     if name != "reference" and not torch.compiler.is_compiling():
         try:  # the native op checks its arguments itself; a refusal is explained below
-            return _run(name, inputs, out, want_corrected, model_input)
+            return _run(op, inputs, out, want_corrected, model_input)
         except (RuntimeError, TypeError, ValueError, AttributeError, IndexError) as error:
             refusal = error
     arguments.check_inputs(inputs, history, history_parent)
@@ -162,29 +172,28 @@ def branch_step(
     dense = inputs if name == "reference" else arguments.dense_rows(inputs)
     if refusal is not None and dense is inputs:
         raise refusal
-    return _run(name, dense, out, want_corrected, model_input)
+    return _run(op, dense, out, want_corrected, model_input)
 
 
-def _run(name, inputs, out, want_corrected, model_input):
+def _run(op, inputs, out, want_corrected, model_input):
     if out is None:
-        out = _allocate(*inputs[:2], len(inputs[4]), want_corrected, model_input)
-    _BRANCH_STEP_OPS[name](*inputs, *out)
+        out = _allocate(inputs[0], inputs[1], inputs[4].shape[0], want_corrected, model_input)
+    op(*inputs, *out)
     return out
 
 
+def _empty(shape, like, dtype=None):
+    """Every output is allocated here, so that tests can fill what nobody has written yet with NaN."""
+    return like.new_empty(shape) if dtype is None else like.new_empty(shape, dtype=dtype)
+
+
 def _allocate(sample, model_output, rows, want_corrected, model_input):
-    shape = sample.shape[1:]
-    state = {"dtype": sample.dtype, "device": sample.device}
+    shape = (rows, *sample.shape[1:])
     following = None
     if model_input is not None:
-        copies = 2 if model_input == "double" else 1
-        following = torch.empty((copies * rows, *shape), dtype=model_output.dtype, device=model_output.device)
-    return BranchStepOut(
-        torch.empty((rows, *shape), **state),
-        torch.empty((rows, *shape), **state),
-        torch.empty((rows, *shape), **state) if want_corrected else None,
-        following,
-    )
+        following = _empty((2 * rows, *shape[1:]) if model_input == "double" else shape, model_output)
+    corrected = _empty(shape, sample) if want_corrected else None
+    return BranchStepOut(_empty(shape, sample), _empty(shape, sample), corrected, following)
 
 
 def normals(seed, call, n, *, tag=0, backend="auto"):
@@ -207,6 +216,7 @@ def normals(seed, call, n, *, tag=0, backend="auto"):
         **Deterministic, the same bits from every backend.** Definition: `sage_kernels.philox`.
     """
     arguments.check_normals(seed, call, n, tag)
-    out = torch.empty((len(seed), n), dtype=torch.float32, device=seed.device)
-    _NORMALS_OPS[backends.resolve(backend, seed.device)](seed, call, tag, out)
+    out = _empty((len(seed), n), seed, torch.float32)
+    backends.resolve(backend, seed.device)
+    _op(_NORMALS_OPS, backend)(seed, call, tag, out)
     return out
