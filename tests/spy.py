@@ -7,7 +7,7 @@ from torch.utils._pytree import tree_leaves
 # Views and allocations move no data.
 FREE = {
     "_reshape_alias", "_unsafe_view", "alias", "as_strided", "chunk", "detach", "empty", "empty_like", "empty_strided",
-    "expand", "lift_fresh", "permute", "reshape", "select", "slice", "split", "squeeze", "t", "transpose", "unbind",
+    "expand", "lift_fresh", "new_empty", "permute", "reshape", "select", "slice", "split", "squeeze", "t", "transpose", "unbind",
     "unsqueeze", "view",
 }  # fmt: skip
 
