@@ -224,6 +224,7 @@ def main() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     warnings.showwarning = _show_warning
+    warnings.filterwarnings("ignore", message="`torch_dtype` is deprecated")  # its successor is unknown to older diffusers
     cli()
 
 

@@ -83,6 +83,7 @@ class Generation:
     def run(self) -> dict:
         """Plan, generate, compare, write. Returns the report."""
         request = self.request
+        self.say(f"Loading {request.model or EMBEDDED} …")
         with self._timed("loading"):
             self.pipe = load_model(request.model, request.device, request.dtype)
         if request.solver is not None:

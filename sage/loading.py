@@ -48,7 +48,11 @@ def load_model(model: str | None, device: str | None = None, dtype: str | None =
         InputError: the model cannot be loaded as it is. RuntimeError: the device is not there.
     """
     import torch
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
 
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
     device = check_device(device)
     dtype = getattr(torch, dtype or ("float16" if device.type == "cuda" else "float32"))
     if model is None:
