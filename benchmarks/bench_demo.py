@@ -18,8 +18,9 @@ import numpy as np
 
 from sage import SharingPlan, generate
 from sage.emoji import GUIDANCE_SCALE, NUM_INFERENCE_STEPS, load_pipeline
+from sage.generation import seeded
 from sage.info import command_line, machine, versions
-from sage.planning import Grouping, make_plan, seeded
+from sage.planning import Grouping, make_plan
 from sage.prompts import read_prompts
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,7 +37,7 @@ def contenders(pipe, prompts, share: float, steps: int) -> dict:
         return result.images, result.stats
 
     def planned():
-        return seeded(make_plan(prompts, grouping, pipe)[0], prompts, base=0, images=1)
+        return seeded(make_plan(prompts, grouping, pipe)[0])
 
     plan = planned()
     alone = SharingPlan.independent(plan.leaves)

@@ -13,7 +13,7 @@ from sage.info import command_line, machine, versions
 from sage.loading import EMBEDDED, check_device, check_model, cut_prompts, load_model
 from sage.output import OutputFolder, PictureSeries, digest, to_json, write_atomic
 from sage.plan import SharingPlan
-from sage.planning import Grouping, leaves_of, load_plan, make_plan, seeded
+from sage.planning import Grouping, leaves_of, load_plan, make_plan
 from sage.prompts import InputError, check_seed, count, read_prompts
 
 Say = Callable[[str], None]
@@ -109,13 +109,15 @@ class Generation:
 
     def _make_plan(self, resumed: bool):
         """The plan with a seed on every leaf, and the cosines to each trunk (None for a plan that was passed in)."""
+        from sage.generation import seeded
+
         if self.fixed_plan is not None:
             plan, cosines = self.fixed_plan, None
         else:
             plan, cosines = make_plan(self.prompts, self.request.grouping, self.pipe)
         if resumed:
             plan = load_plan(str(self.folder.path / "plan.json"), plan.leaves)
-        return seeded(plan, self.prompts, self.request.seed, self.images), cosines
+        return seeded(plan, self.request.seed, self.prompts.seeds, self.images), cosines
 
     def _settings(self) -> dict:
         """Everything that decides what the pictures look like, defaults filled in."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -42,6 +41,7 @@ def make_plan(prompts: PromptSet, grouping: Grouping, pipe=None) -> tuple[Sharin
         InputError: the encoder is unknown or does not fit.
     """
     from sage.embed import embed_prompts
+    from sage.generation import trunk_similarities
     from sage.grouping import plan_prompts
 
     images = grouping.images_per_prompt
@@ -57,9 +57,7 @@ def make_plan(prompts: PromptSet, grouping: Grouping, pipe=None) -> tuple[Sharin
         max_group_size=grouping.max_group_size,
         images_per_prompt=images,
     )
-    vectors = np.repeat(found.vectors, images, axis=0)
-    trunks = [plan.roots[root].representative for root in plan.root_of]
-    return plan, (vectors * vectors[trunks]).sum(axis=1)
+    return plan, trunk_similarities(plan, found.vectors, images)
 
 
 def load_plan(path: str, leaves: Sequence[Leaf]) -> SharingPlan:
@@ -83,20 +81,6 @@ def load_plan(path: str, leaves: Sequence[Leaf]) -> SharingPlan:
 def leaves_of(prompts: PromptSet, images: int) -> list[Leaf]:
     """The pictures that are asked for, in order, without seeds."""
     return [Leaf(prompt, k) for prompt in prompts.prompts for k in range(images)]
-
-
-def seeded(plan: SharingPlan, prompts: PromptSet, base: int, images: int) -> SharingPlan:
-    """The plan with a seed on every leaf: the line's own (plus the image's number), the plan's, or a derived one."""
-    from sage.generation import leaf_seed
-
-    leaves = []
-    for index, leaf in enumerate(plan.leaves):
-        if prompts.seeds is not None:
-            seed = prompts.seeds[index // images] + index % images
-        else:
-            seed = leaf.seed if leaf.seed is not None else leaf_seed(base, leaf.prompt, leaf.image_index)
-        leaves.append(dataclasses.replace(leaf, seed=seed))
-    return dataclasses.replace(plan, leaves=tuple(leaves))
 
 
 def savings(plan: SharingPlan, num_calls: int) -> dict[str, float]:
