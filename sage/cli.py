@@ -18,7 +18,7 @@ from sage_kernels.version import __version__
 EXIT_INPUT, EXIT_FAILURE, EXIT_INTERRUPTED = 2, 1, 130
 
 GROUPING_OPTIONS = (
-    click.option("--share", default=0.4, show_default=True, help="Fraction of the denoiser calls that a group shares, 0 to 1."),
+    click.option("--share", default=0.4, show_default=True, help="Fraction of the calls that a group shares, 0 to 1."),
     click.option("--similarity", default=0.6, show_default=True, help="Least cosine between any two prompts of a group."),
     click.option("--max-group-size", default=8, show_default=True, help="Most prompts in a group."),
     click.option("--images-per-prompt", default=1, show_default=True, help="Pictures of each prompt."),
@@ -29,9 +29,9 @@ GROUPING_OPTIONS = (
         help="What compares prompts: auto (comes with the package), pipeline (the model's own text encoder), or the folder "
         "or hub id of a sentence encoder.",
     ),
-    click.option("--model", metavar="ID|FOLDER", help="A diffusers model, safetensors only. Default: the embedded emoji model."),
+    click.option("--model", metavar="ID|FOLDER", help="A diffusers model in safetensors. Default: the embedded emoji model."),
     click.option("--device", help="cpu, cuda, cuda:1 … Default: a GPU when there is one."),
-    click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Default: float16 on a GPU, else float32."),
+    click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Default: float16 on GPUs."),
 )
 
 
@@ -131,7 +131,7 @@ def plan(debug, prompts, steps, as_json, out, plot, show_all, model, device, dty
 @click.option("--plan", metavar="FILE", help="Follow a plan saved by `sage plan --out` instead of making one.")
 @click.option("--steps", type=int, help="Denoising steps. Default: the model's own.")
 @click.option("--solver", help="ddim, euler, dpm++2m, unipc … (`sage info --schedulers`). Default: the model's scheduler.")
-@click.option("--seed", default=0, show_default=True, help="Base seed: a picture's seed comes from it, its prompt and its number.")
+@click.option("--seed", default=0, show_default=True, help="Base seed; each picture's own comes from it and its prompt.")
 @click.option("--guidance-scale", type=float, help="Classifier-free guidance. Default: the model's own.")
 @click.option("--negative-prompt", help="For every prompt that brings none of its own.")
 @click.option("--batch-size", default=32, show_default=True, help="Pictures per pipeline call; groups stay together.")

@@ -118,7 +118,8 @@ def _pictures(folder: Path, series: str) -> dict[int, dict]:
     found = {}
     for row in read_manifest(folder / SERIES[series]):
         parent, _, name = str(row.get("file")).partition("/")
-        if parent == series and PICTURE_NAME.fullmatch(name) and (folder / parent / name).is_file() and isinstance(row.get("index"), int):
+        ours = parent == series and PICTURE_NAME.fullmatch(name) and isinstance(row.get("index"), int)
+        if ours and (folder / parent / name).is_file():
             found[row["index"]] = row
     return found
 
@@ -194,10 +195,12 @@ def _group_html(plan, number: int, place: int, segments: dict, resolved: Resolve
     independent = len(root.members) * resolved.num_calls
     cosines = [cells.shared.get(leaf, {}).get("similarity_to_trunk") for leaf in order if leaf != root.representative]
     cosines = [value for value in cosines if value is not None]
-    closeness = f"<p>cosine to trunk {' – '.join(sorted({f'{min(cosines):.2f}', f'{max(cosines):.2f}'}))}</p>" if cosines else ""
+    ends = sorted({f"{value:.2f}" for value in cosines})
+    closeness = f"<p>cosine to trunk {' – '.join(ends[:1] + ends[1:][-1:])}</p>" if ends else ""
     figures = "".join(cells.figure(leaf, trunk=leaf == root.representative) for leaf in order)
     return (
-        f"<section class=group style=--n:{len(order)}><div class=about><h3>Group {place}</h3><p>{count(len(order), 'picture')}</p>"
+        f"<section class=group style=--n:{len(order)}><div class=about>"
+        f"<h3>Group {place}</h3><p>{count(len(order), 'picture')}</p>"
         f"<p>{_branch_text(root, segments, resolved.num_calls)}</p>"
         f"{_bar(trunk_rows / independent, (rows - trunk_rows) / independent)}"
         f"<p>{rows:,} rows instead of {independent:,}<br><span class=save>{1 - rows / independent:.1%} saved</span></p>"
@@ -317,7 +320,8 @@ def _rows_chart(rows: list[int], resolved: ResolvedPlan) -> str:
     legend = "".join(f"<i class='key {color}'></i>{text}" for color, text in keys)
     return (
         f'<div class=chart><p class=soft>Rows in each of the {calls} denoiser calls (left to right): {legend}</p>'
-        f'<svg viewBox="0 0 1000 100" preserveAspectRatio="none" role="img" aria-label="rows per call">{"".join(shapes)}</svg></div>'
+        '<svg viewBox="0 0 1000 100" preserveAspectRatio="none" role="img" aria-label="rows per call">'
+        f"{''.join(shapes)}</svg></div>"
     )
 
 

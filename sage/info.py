@@ -114,7 +114,8 @@ def schedulers_text() -> str:
 
 def _table(rows: dict) -> list[str]:
     width = max(map(len, rows), default=0)
-    return [f"  {key:<{width}}  {', '.join(map(str, value)) if isinstance(value, (list, tuple)) else value}" for key, value in rows.items()]
+    joined = {key: ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else value for key, value in rows.items()}
+    return [f"  {key:<{width}}  {value}" for key, value in joined.items()]
 
 
 def command_line() -> str:

@@ -119,9 +119,9 @@ class PictureSeries:
         """Take over the pictures that an earlier run finished and that are still what its manifest says."""
         for row in read_manifest(self.manifest):
             index = row.get("index")
-            if isinstance(index, int) and 0 <= index < len(self.names) and row.get("file") == self.names[index]:
-                if _sha256_of(self.root / self.names[index]) == row.get("sha256"):
-                    self.rows[index] = row
+            known = isinstance(index, int) and 0 <= index < len(self.names) and row.get("file") == self.names[index]
+            if known and _sha256_of(self.root / self.names[index]) == row.get("sha256"):
+                self.rows[index] = row
         self._write_manifest()
 
     @property
