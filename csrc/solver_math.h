@@ -87,19 +87,25 @@ SAGE_INLINE void update(const Row& k, Machine& at) {
   at.put(m0, xc, next.value(), k.s);
 }
 
+// A 32-bit word times a constant, and the two halves of the product.
+SAGE_INLINE uint64_t product(uint32_t constant, uint32_t word) { return static_cast<uint64_t>(constant) * word; }
+SAGE_INLINE uint32_t high(uint64_t product) { return static_cast<uint32_t>(product >> 32); }
+SAGE_INLINE uint32_t low(uint64_t product) { return static_cast<uint32_t>(product); }
+
+template <class Word>
 struct Words {
-  uint32_t w[4];
+  Word w[4];
 };
 
-// Philox4x32-10.
-SAGE_INLINE Words philox(uint32_t k0, uint32_t k1, Words c) {
+// Philox4x32-10. Word is one 32-bit word, or several side by side with `product`, `high` and `low` of their own.
+template <class Word>
+SAGE_INLINE Words<Word> philox(uint32_t k0, uint32_t k1, Words<Word> c) {
 #if defined(__CUDA_ARCH__)
 #pragma unroll
 #endif
   for (int round = 0; round < 10; round++) {
-    const uint64_t first = 0xD2511F53ull * c.w[0], second = 0xCD9E8D57ull * c.w[2];
-    c = Words{{static_cast<uint32_t>(second >> 32) ^ c.w[1] ^ k0, static_cast<uint32_t>(second),
-               static_cast<uint32_t>(first >> 32) ^ c.w[3] ^ k1, static_cast<uint32_t>(first)}};
+    const auto first = product(0xD2511F53u, c.w[0]), second = product(0xCD9E8D57u, c.w[2]);
+    c = Words<Word>{{high(second) ^ c.w[1] ^ k0, low(second), high(first) ^ c.w[3] ^ k1, low(first)}};
     k0 += 0x9E3779B9u;
     k1 += 0xBB67AE85u;
   }
@@ -149,16 +155,17 @@ SAGE_INLINE void cos_sin(uint32_t word, float& cosine, float& sine) {
   sine = bits_as<float>(bits_as<uint32_t>(swap ? c : s) ^ sign_s);
 }
 
-// The four normals of elements 4j .. 4j+3 of the row which this seed belongs to.
-SAGE_INLINE void normal4(uint64_t seed, uint64_t j, uint32_t call, uint32_t tag, float& n0, float& n1, float& n2, float& n3) {
-  const Words words = philox(static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32),
-                             Words{{static_cast<uint32_t>(j), static_cast<uint32_t>(j >> 32), call, tag}});
+// Two normals from two words.
+SAGE_INLINE void box_muller(uint32_t word, uint32_t angle_word, float& n0, float& n1) {
   float c, s;
-  const float first = radius(words.w[0]), second = radius(words.w[2]);
-  cos_sin(words.w[1], c, s);
-  n0 = mul(first, c);
-  n1 = mul(first, s);
-  cos_sin(words.w[3], c, s);
-  n2 = mul(second, c);
-  n3 = mul(second, s);
+  cos_sin(angle_word, c, s);
+  const float r = radius(word);
+  n0 = mul(r, c);
+  n1 = mul(r, s);
+}
+
+// The normals of elements 4j .. 4j+3 in the row of a seed are box_muller(w[0], w[1]) and box_muller(w[2], w[3]) of these words.
+template <class Word>
+SAGE_INLINE Words<Word> words_of(uint64_t seed, Word j_low, Word j_high, Word call, Word tag) {
+  return philox(static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32), Words<Word>{{j_low, j_high, call, tag}});
 }

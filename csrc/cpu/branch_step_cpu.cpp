@@ -9,14 +9,23 @@
 #endif
 
 namespace sage {
+
+#ifdef SAGE_X86_COPIES
+#define SAGE_LANES 2
+#define SAGE_VECTOR __m128i
+#define SAGE_MULTIPLY_EVEN _mm_mul_epu32
+#endif
 namespace baseline {
 #include "branch_step_rows.h"
 }  // namespace baseline
 
 #ifdef SAGE_X86_COPIES
+#define SAGE_F16C 1
 #pragma GCC push_options
 #pragma GCC target("avx2,bmi2,f16c")
-#define SAGE_F16C 1
+#define SAGE_LANES 4
+#define SAGE_VECTOR __m256i
+#define SAGE_MULTIPLY_EVEN _mm256_mul_epu32
 namespace avx2 {
 #include "branch_step_rows.h"
 }  // namespace avx2
@@ -24,6 +33,9 @@ namespace avx2 {
 
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,bmi2,f16c,prefer-vector-width=512")
+#define SAGE_LANES 8
+#define SAGE_VECTOR __m512i
+#define SAGE_MULTIPLY_EVEN _mm512_mul_epu32
 namespace avx512 {
 #include "branch_step_rows.h"
 }  // namespace avx512

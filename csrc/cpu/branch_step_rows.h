@@ -139,19 +139,59 @@ struct TileSum {
   }
 };
 
+#ifdef SAGE_LANES
+// Counters side by side, one 32-bit word in each 64-bit lane. The upper halves may hold rubbish, which nothing reads: a product
+// takes the lower halves only, and so does `draw_words` at the end.
+struct Lanes {
+  typedef uint64_t Vector __attribute__((vector_size(8 * SAGE_LANES)));
+  typedef uint32_t Packed __attribute__((vector_size(4 * SAGE_LANES)));
+  Vector v;
+};
+SAGE_INLINE Lanes operator^(Lanes a, Lanes b) { return {a.v ^ b.v}; }
+SAGE_INLINE Lanes operator^(Lanes a, uint32_t b) { return {a.v ^ b}; }
+SAGE_INLINE Lanes product(uint32_t constant, Lanes word) {
+  const Lanes::Vector everywhere = Lanes::Vector{} + constant;
+  return {(Lanes::Vector)SAGE_MULTIPLY_EVEN((SAGE_VECTOR)word.v, (SAGE_VECTOR)everywhere)};
+}
+SAGE_INLINE Lanes high(Lanes product) { return {product.v >> 32}; }
+SAGE_INLINE Lanes low(Lanes product) { return product; }
+#endif
+
+// The words of `blocks` counters from `first` on; a few more may be written, up to kTile / 4.
+static void draw_words(uint64_t seed, uint32_t call, uint32_t tag, uint64_t first, int blocks, uint32_t words[4][kTile / 4]) {
+#ifdef SAGE_LANES
+  Lanes::Vector j{};
+  for (int lane = 0; lane < SAGE_LANES; lane++) j[lane] = first + lane;
+  for (int at = 0; at < blocks; at += SAGE_LANES, j += SAGE_LANES) {
+    const Lanes calls{Lanes::Vector{} + call}, tags{Lanes::Vector{} + tag};
+    const Words<Lanes> w = words_of(seed, Lanes{j}, Lanes{j >> 32}, calls, tags);
+    for (int k = 0; k < 4; k++) {
+      const Lanes::Packed packed = __builtin_convertvector(w.w[k].v, Lanes::Packed);
+      memcpy(&words[k][at], &packed, sizeof(packed));
+    }
+  }
+#else
+  for (int at = 0; at < blocks; at++) {
+    const uint64_t j = first + at;
+    const Words<uint32_t> w = words_of(seed, static_cast<uint32_t>(j), static_cast<uint32_t>(j >> 32), call, tag);
+    for (int k = 0; k < 4; k++) words[k][at] = w.w[k];
+  }
+#endif
+}
+
 // Normals of elements [begin, begin + count) of a row; begin is a multiple of 4, count at most kTile.
 static void draw(uint64_t seed, uint32_t call, uint32_t tag, int64_t begin, int count, float* out) {
-  float quads[4][kTile / 4];
-  const int64_t first = begin / 4;
+  uint32_t words[4][kTile / 4];
+  float normals[4][kTile / 4];
   const int blocks = (count + 3) / 4, whole = count / 4;
-#pragma GCC ivdep
-  for (int j = 0; j < blocks; j++) {
-    normal4(seed, static_cast<uint64_t>(first + j), call, tag, quads[0][j], quads[1][j], quads[2][j], quads[3][j]);
+  draw_words(seed, call, tag, static_cast<uint64_t>(begin / 4), blocks, words);
+  for (int k = 0; k < 4; k += 2) {
+    for (int j = 0; j < blocks; j++) box_muller(words[k][j], words[k + 1][j], normals[k][j], normals[k + 1][j]);
   }
   for (int j = 0; j < whole; j++) {
-    for (int k = 0; k < 4; k++) out[4 * j + k] = quads[k][j];
+    for (int k = 0; k < 4; k++) out[4 * j + k] = normals[k][j];
   }
-  for (int i = 4 * whole; i < count; i++) out[i] = quads[i % 4][whole];
+  for (int i = 4 * whole; i < count; i++) out[i] = normals[i % 4][whole];
 }
 
 // Where one output row reads and writes, at its first element; null for what is not given or not wanted.
@@ -166,7 +206,7 @@ struct RowData {
   uint32_t call;
   bool seeded;
   float guidance;
-  bool streamed;  // the outputs are larger than the caches
+  bool state_streamed, input_streamed;  // written past the caches
 };
 
 // The machine of `update`: a value is a tile of floats, the input itself if that is float32 and else a widened copy.
@@ -208,8 +248,8 @@ struct Tile {
   SAGE_INLINE TileSum sum(Place place) {
     float* out = scratch[place];
     if constexpr (sizeof(S) == sizeof(float)) {  // a float32 state is computed where it is stored
-      if (place == kDenoised && !row.streamed) out = row.denoised + begin;
-      if (place == kNext && !row.streamed) out = row.next + begin;
+      if (place == kDenoised && !row.state_streamed) out = row.denoised + begin;
+      if (place == kNext && !row.state_streamed) out = row.next + begin;
     }
     return TileSum{out, count, 0, {}, {}};
   }
@@ -223,16 +263,16 @@ struct Tile {
     return kept;
   }
   SAGE_INLINE void put(Value denoised, Value corrected, Value next, float s) {
-    store(1.0f, denoised, row.denoised);
-    store(1.0f, corrected, row.corrected);
-    store(1.0f, next, row.next);
-    store(s, next, row.model_input, row.model_input_again);
+    store<S>(1.0f, denoised, row.denoised, nullptr, row.state_streamed);
+    store<S>(1.0f, corrected, row.corrected, nullptr, row.state_streamed);
+    store<S>(1.0f, next, row.next, nullptr, row.state_streamed);
+    store(s, next, row.model_input, row.model_input_again, row.input_streamed);
   }
   template <class T>
-  SAGE_INLINE void store(float k, Value value, T* to, T* again = nullptr) {
+  SAGE_INLINE void store(float k, Value value, T* to, T* again, bool streamed) {
     if (to == nullptr) return;
     const int64_t bytes = count * sizeof(T);
-    if (!row.streamed) {
+    if (!streamed) {
       scale_all(k, value, to + begin, count);
       if (again) memcpy(again + begin, to + begin, bytes);
       return;
@@ -270,7 +310,8 @@ static void step_row(const BranchStep& args, int64_t row, int64_t begin, int64_t
   if (data.seeded) data.seed = args.seed[row], data.call = args.call[row];
   if (data.uncond) data.guidance = args.guidance[row];
 
-  data.streamed = args.streamed;
+  data.state_streamed = args.state_streamed;
+  data.input_streamed = args.input_streamed;
 
   const Row k = args.table[args.step[row]];
   for (int64_t at = begin; at < end; at += kTile) {
@@ -278,7 +319,7 @@ static void step_row(const BranchStep& args, int64_t row, int64_t begin, int64_t
     update(k, tile);
   }
 #ifdef SAGE_X86_COPIES
-  if (args.streamed) _mm_sfence();
+  if (args.state_streamed || args.input_streamed) _mm_sfence();
 #endif
 }
 
@@ -298,3 +339,7 @@ static void normals(const Normals& args, int64_t row, int64_t begin, int64_t end
     draw(args.seed[row], args.call[row], args.tag, at, count, out + at);
   }
 }
+
+#undef SAGE_LANES
+#undef SAGE_VECTOR
+#undef SAGE_MULTIPLY_EVEN
