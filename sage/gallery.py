@@ -22,7 +22,7 @@ from sage.output import PICTURE_NAME, SERIES, read_manifest, write_atomic
 from sage.plan import ResolvedPlan, SharingPlan
 from sage.prompts import count
 
-CELL, GAP = 132, 12  # width of a picture and the space between two [px]; the style sheet has the same
+CELL, GAP = 132, 10  # width of a picture and the space between two [px]; the style sheet has the same
 TREE_HEIGHT = 92  # all denoiser calls, from the first down to the last [px]
 SMALL = 128  # pictures up to this edge are embedded as they are [px]
 
@@ -76,19 +76,18 @@ class _Cells:
         prompt = html.escape(row["prompt"])
         number = f" · image {row['image_index'] + 1}" if row.get("image_index") else ""
         seed = html.escape(f"seed {_short(row.get('seed'))}{number}")
-        compared = index in self.unshared and row["group_size"] > 1
-        links = self._link(row, prompt, "shared" if compared else "", trunk)
-        if compared:
-            links += self._link(self.unshared[index], prompt, "unshared")
+        links = self._link(row, prompt, trunk)
+        if index in self.unshared and row["group_size"] > 1:
+            links += self._link(self.unshared[index], prompt)
         hint = html.escape(f"{row['prompt']}\nseed {row.get('seed')}")
         return (
             f'<figure{" class=trunk" if trunk else ""} title="{hint}">{links}'
             f"<figcaption><b>{prompt}</b><small>{seed}</small></figcaption></figure>"
         )
 
-    def _link(self, row: dict, prompt: str, tag: str, trunk: bool = False) -> str:
+    def _link(self, row: dict, prompt: str, trunk: bool = False) -> str:
         source = thumbnail(self.folder / row["file"], self.edge)
-        badge = (f"<span>{tag}</span>" if tag else "") + ("<span class=lent>trunk</span>" if trunk else "")
+        badge = "<span>trunk</span>" if trunk else ""
         target = html.escape(quote(row["file"]))
         return f'<a href="{target}"><img loading="lazy" decoding="async" alt="{prompt}" src="{source}">{badge}</a>'
 
@@ -198,13 +197,15 @@ def _group_html(plan, number: int, place: int, segments: dict, resolved: Resolve
     ends = sorted({f"{value:.2f}" for value in cosines})
     closeness = f"<p>cosine to trunk {' – '.join(ends[:1] + ends[1:][-1:])}</p>" if ends else ""
     figures = "".join(cells.figure(leaf, trunk=leaf == root.representative) for leaf in order)
+    sides = "<div class=sides><span>shared</span><span>unshared</span></div>" if cells.unshared else ""
     return (
         f"<section class=group style=--n:{len(order)}><div class=about>"
         f"<h3>Group {place}</h3><p>{count(len(order), 'picture')}</p>"
         f"<p>{_branch_text(root, segments, resolved.num_calls)}</p>"
         f"{_bar(trunk_rows / independent, (rows - trunk_rows) / independent)}"
         f"<p>{rows:,} rows instead of {independent:,}<br><span class=save>{1 - rows / independent:.1%} saved</span></p>"
-        f"{closeness}</div><div class=tree>{tree_svg(order, segments, resolved.num_calls)}<div class=row>{figures}</div></div>"
+        f'{closeness}</div><div class="tree{" compared" if sides else ""}">'
+        f"{tree_svg(order, segments, resolved.num_calls)}<div class=row>{sides}{figures}</div></div>"
         "</section>"
     )
 

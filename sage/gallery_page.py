@@ -7,7 +7,7 @@ STYLE = """
 --leaf:#86b78d;--pale:#2c3a2d;--shadow:none}}
 *{box-sizing:border-box}
 body{margin:0;background:var(--bg);color:var(--ink);font:15px/1.45 system-ui,"Segoe UI",Roboto,"Helvetica Neue",sans-serif}
-main,header,footer{max-width:1360px;margin:0 auto;padding:0 28px}
+main,header,footer{max-width:1460px;margin:0 auto;padding:0 28px}
 header{padding-top:40px}
 h1{font-size:28px;line-height:1.2;margin:0 0 6px;letter-spacing:-.01em}
 h2{font-size:19px;margin:40px 0 4px}
@@ -27,26 +27,29 @@ h2{font-size:19px;margin:40px 0 4px}
 .key:first-child{margin-left:0}
 .bark{background:var(--bark)}.leaf{background:var(--leaf)}.pale{background:var(--pale);box-shadow:inset 0 0 0 1px var(--leaf)}
 .groups{display:flex;flex-wrap:wrap;gap:14px;margin-top:14px}
-.group{display:grid;grid-template-columns:176px minmax(0,1fr);overflow:hidden;content-visibility:auto;min-width:0;max-width:100%;
-flex:1 1 calc(202px + var(--n)*144px);contain-intrinsic-size:auto none auto 380px}
-.about{padding:16px;border-right:1px solid var(--line);font-size:13.5px;color:var(--soft)}
+.group{display:grid;grid-template-columns:160px minmax(0,1fr);overflow:hidden;content-visibility:auto;min-width:0;max-width:100%;
+flex:1 1 calc(204px + var(--n)*142px);contain-intrinsic-size:auto none auto 380px}
+.about{padding:14px;border-right:1px solid var(--line);font-size:13.5px;color:var(--soft)}
 .about h3{margin:0 0 2px;font-size:16px;color:var(--ink)}
 .about p{margin:0 0 8px;overflow-wrap:anywhere}
 .about .save{color:var(--leaf);font-weight:650}
 .bar{height:7px;border-radius:4px;background:var(--pale);display:flex;overflow:hidden;margin:8px 0}
 .bar i{display:block;height:100%}
-.tree{overflow-x:auto;padding:14px 18px 16px}
+.tree{overflow-x:auto;padding:14px 14px 16px}
 .tree svg{display:block;overflow:visible}
 .tree svg text{font:11px system-ui,sans-serif;fill:var(--soft);stroke:var(--card);stroke-width:4px;paint-order:stroke}
 .tree path{fill:none;stroke-linecap:round;stroke-linejoin:round}
-.row{display:flex;gap:12px}
+.row{display:flex;gap:10px}
 figure{margin:0;width:132px;flex:none}
 figure a{display:block;position:relative;text-decoration:none}
 figure img{display:block;width:132px;height:132px;object-fit:contain;border-radius:9px;background:var(--line)}
 figure a+a{margin-top:6px}
-figure a span{position:absolute;left:6px;bottom:6px;font-size:10.5px;line-height:1;padding:3px 6px;border-radius:6px;
-color:#fff;background:#000000a6}
-figure a span.lent{left:auto;right:6px;bottom:auto;top:6px;background:var(--bark)}
+figure a span{position:absolute;right:6px;top:6px;font-size:10.5px;line-height:1;padding:3px 6px;border-radius:6px;
+color:#fff;background:var(--bark)}
+.sides{flex:none;width:14px}
+.sides span{display:block;height:132px;margin-bottom:6px;writing-mode:vertical-rl;transform:rotate(180deg);text-align:center;
+font-size:11px;line-height:14px;color:var(--soft)}
+.compared svg{margin-left:24px}
 figcaption{font-size:12.5px;line-height:1.35;margin-top:6px;overflow-wrap:anywhere}
 figcaption b{font-weight:500;display:-webkit-box;-webkit-line-clamp:4;-webkit-box-orient:vertical;overflow:hidden}
 figcaption small{color:var(--soft);font:10.5px ui-monospace,Menlo,Consolas,monospace}
