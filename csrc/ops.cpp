@@ -18,7 +18,7 @@ constexpr const char* kStep = "branch_step";
 // Writing past the caches saves reading each line first. x', m0 and xc are read again only after a whole denoiser call, which
 // has emptied the caches by then: they go past as soon as the outputs outgrow a second-level cache. The model input is what
 // that call reads first: it goes past only if it would not be found in the last cache either.
-constexpr int64_t kStateStreamed = 1 << 20, kInputStreamed = 16 << 20;
+constexpr int64_t kStateStreamed = 4 << 20, kInputStreamed = 16 << 20;
 constexpr int64_t kSerialChunks = 8;  // a thread gets at least this many chunks of kChunk elements
 
 DType dtype_of(const char* name, const Tensor& t) {
