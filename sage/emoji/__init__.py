@@ -52,11 +52,16 @@ def load_pipeline(torch_dtype: "torch.dtype | None" = None) -> "StableDiffusionP
 
     Args: torch_dtype (torch.dtype | None): float32 where none is given (the file holds float16).
     """
-    import torch
     from diffusers import StableDiffusionPipeline
+    from diffusers.utils import logging
 
-    return StableDiffusionPipeline.from_pretrained(model_path(), torch_dtype=torch_dtype or torch.float32,
-                                                   local_files_only=True)
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()  # it would warn that a BertModel is no CLIPTextModel, which is meant
+    try:
+        pipe = StableDiffusionPipeline.from_pretrained(model_path(), local_files_only=True)
+    finally:
+        logging.set_verbosity(level)
+    return pipe if torch_dtype is None else pipe.to(torch_dtype)
 
 
 def load_scorer() -> "Scorer":

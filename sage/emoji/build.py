@@ -112,12 +112,16 @@ class Build:
         distill(targets, vocabulary, plan, self.args.teacher, self._run_path("text"))
 
     def unet(self) -> None:
+        import torch
+
         from .text_encoder import prompt_states
         from .train import Stills, train_unet
 
         dataset = self.dataset().untoned()
         states = prompt_states(*self.text_encoder(), dataset.captions + [""])
-        source = Stills(self.codec().encode(dataset.pictures()), states[:-1])
+        drawn_well = set(dataset.focus().captions)
+        focus = torch.tensor([i for i, caption in enumerate(dataset.captions) if caption in drawn_well])
+        source = Stills(self.codec().encode(dataset.pictures()), states[:-1], focus)
         train_unet(source, states[-1:], self.recipes.unet, self._run_path("unet"))
 
     def vae(self) -> None:
@@ -158,29 +162,32 @@ class Build:
         from .scorer import Scorer, load_tower
 
         everything, untoned = self.dataset(), self.dataset().untoned()
-        pipe = StableDiffusionPipeline.from_pretrained(self.out, torch_dtype=torch.float32, local_files_only=True)
+        pipe = StableDiffusionPipeline.from_pretrained(self.out, local_files_only=True)
         folder = self.out / "text_encoder"
         encoder = AutoModel.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
         scorer = Scorer(load_tower(self.out / "scorer"), encoder, AutoTokenizer.from_pretrained(folder, local_files_only=True))
-        figures, pictures = judge.evaluate_generator(pipe, scorer, untoned, self.recipes.evaluation_prompts)
-        shown = torch.randperm(len(pictures["rows"]), generator=torch.Generator().manual_seed(1))[:96]
+        count = self.recipes.evaluation_prompts
+        figures, pictures = judge.evaluate_generator(pipe, scorer, untoned.focus(), untoned, count)
+        beyond, _ = judge.evaluate_generator(pipe, scorer, untoned, untoned, count // 3)
+        shown = torch.randperm(len(pictures["drawn"]), generator=torch.Generator().manual_seed(1))[:96]
         judge.contact_sheet(pictures["real"][shown], pictures["drawn"][shown], self.out / "contact_sheet.png")
         text = None
         if self.args.prompts:
             texts = _read_prompts(self.args.prompts)
             theirs = judge.teacher_embeddings(texts, self.args.teacher)
             text = judge.evaluate_text(scorer.embed_texts(texts), theirs, self.args.prompts.stem)
-        count = lambda module: sum(p.numel() for p in module.parameters())
+        size = lambda module: sum(p.numel() for p in module.parameters())
         metrics = {
             "machine": judge.machine(), "pictures": len(everything.captions), "captions": len(untoned.captions),
-            "codec": judge.evaluate_codec(pipe.vae, self.codec(), untoned.pictures()), "generator": figures, "text": text,
+            "codec": judge.evaluate_codec(pipe.vae, self.codec(), untoned.pictures()), "generator": figures,
+            "all_captions": beyond, "text": text,
             "training": {name: summary(self._run_path(name)) for name in ("text", "unet", "vae", "scorer")},
-            "parameters": {"unet": count(pipe.unet), "vae": count(pipe.vae), "text_encoder": count(pipe.text_encoder),
-                           "scorer": count(scorer.tower)},
+            "parameters": {"unet": size(pipe.unet), "vae": size(pipe.vae), "text_encoder": size(pipe.text_encoder),
+                           "scorer": size(scorer.tower)},
             "bytes": folder_bytes(self.out),
         }
         write_card(self.out, metrics)
-        print(json.dumps({k: metrics[k] for k in ("codec", "generator", "text")}, indent=2))
+        print(json.dumps({k: metrics[k] for k in ("codec", "generator", "all_captions", "text")}, indent=2))
 
 
 def _read_prompts(path: Path) -> list[str]:

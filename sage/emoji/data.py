@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
 NAMES = Path("/usr/share/unicode/emoji/emoji-test.txt")
+FOCUS = Path(__file__).parent / "captions.txt"
 STRIKE = 109  # the only bitmap size in the font [px]
 CANVAS = 136  # a strike is 136 x 128; it is centred on a square of this side [px]
 _LINE = re.compile(r"^([0-9A-F ]+?)\s*; (\S+)\s*# (\S+) E([\d.]+) (.+)$")
@@ -69,9 +70,16 @@ class Dataset:
 
     def untoned(self) -> "Dataset":
         """The emoji without their skin-tone variants: what the generator and the scorer learn from."""
-        keep = (~self.toned).nonzero()[:, 0]
-        return Dataset(self.rgb[keep], self.rgba[keep], self.toned[keep],
-                       [self.captions[i] for i in keep], [self.groups[i] for i in keep])
+        return self._rows((~self.toned).nonzero()[:, 0].tolist())
+
+    def focus(self) -> "Dataset":
+        """The emoji of captions.txt: those that the shipped generator draws well."""
+        wanted = set(FOCUS.read_text(encoding="utf8").splitlines())
+        return self._rows([i for i, caption in enumerate(self.captions) if caption in wanted])
+
+    def _rows(self, rows: list[int]) -> "Dataset":
+        return Dataset(self.rgb[rows], self.rgba[rows], self.toned[rows],
+                       [self.captions[i] for i in rows], [self.groups[i] for i in rows])
 
     def pictures(self) -> torch.Tensor:
         """[N, 3, 32, 32] float32 in [-1, 1]."""
@@ -118,7 +126,8 @@ def draw(text: str, font, background: tuple[int, int, int, int] = (255, 255, 255
 
 
 def render(font_path: Path = FONT, names_path: Path = NAMES, limit: int | None = None) -> Dataset:
-    """Renders every emoji once; pixel-equal ones (territories sharing a flag) and blanks are dropped.
+    """Renders every emoji once. Of pixel-equal ones (territories that fly another country's flag) the shortest name
+    stands, which is the country's; blanks are dropped.
 
     Args: limit (int | None): keep every k-th emoji, so that about this many remain (for quick runs).
     """
@@ -127,14 +136,17 @@ def render(font_path: Path = FONT, names_path: Path = NAMES, limit: int | None =
     font, rows = load_font(font_path), parse_names(names_path)
     if limit is not None:
         rows = rows[:: max(1, len(rows) // limit)]
-    seen, kept, rgb, rgba = set(), [], [], []
+    seen, kept, rgb, rgba = {}, [], [], []
     for row in tqdm(rows, desc="data: render", unit="emoji"):
         opaque = draw(row.text, font).convert("RGB")
         pixels = np.asarray(opaque)
         digest = hashlib.sha256(pixels.tobytes()).digest()
-        if (pixels < 250).sum() < 200 or digest in seen:
+        if (pixels < 250).sum() < 200:
             continue
-        seen.add(digest)
+        if digest in seen:
+            kept[seen[digest]] = min(kept[seen[digest]], row, key=lambda emoji: len(emoji.caption))
+            continue
+        seen[digest] = len(kept)
         kept.append(row)
         rgb.append(np.asarray(opaque.resize((32, 32), Image.Resampling.LANCZOS)))
         clear = draw(row.text, font, (0, 0, 0, 0))

@@ -8,14 +8,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from . import GUIDANCE_SCALE, NUM_INFERENCE_STEPS
 from .codec import PatchCodec, psnr
 from .data import Dataset
 from .scorer import Scorer
 
 TAU = 0.6  # cosine from which two captions may share a group
 GROUP_LIMIT = 8
-GUIDANCE_SCALE = 2.5
-STEPS = 20
 
 
 def cliques(similarity: np.ndarray, tau: float = TAU, limit: int = GROUP_LIMIT) -> list[list[int]]:
@@ -51,7 +50,7 @@ def evaluate_codec(vae, codec: PatchCodec, pictures: torch.Tensor) -> dict:
             "linear_psnr_db": round(psnr(codec.decode(codec.encode(pictures)), pictures), 2)}
 
 
-def draw(pipe, prompts: list[str], seed: int, steps: int = STEPS, guidance: float = GUIDANCE_SCALE,
+def draw(pipe, prompts: list[str], seed: int, steps: int = NUM_INFERENCE_STEPS, guidance: float = GUIDANCE_SCALE,
          batch: int = 64) -> torch.Tensor:
     """[N, 3, 32, 32] in [-1, 1], one picture per prompt; picture i depends on seed + i and its prompt only."""
     pipe.set_progress_bar_config(disable=True)
@@ -74,10 +73,12 @@ def identified(images: torch.Tensor, texts: torch.Tensor, groups: list[list[int]
     return sum(right) / len(right)
 
 
-def evaluate_generator(pipe, scorer: Scorer, dataset: Dataset, prompts: int, seed: int = 0) -> tuple[dict, dict]:
-    """Draws the captions of whole groups, chosen at random, until `prompts` are reached.
+def evaluate_generator(pipe, scorer: Scorer, dataset: Dataset, pool: Dataset, prompts: int,
+                       seed: int = 0) -> tuple[dict, dict]:
+    """Draws the captions of whole groups of `dataset`, chosen at random, until `prompts` are reached.
 
-    Returns: the figures, and {"rows", "drawn", "real"} for a contact sheet.
+    Args: pool: whose pictures a drawn one is compared with; holds those of `dataset`.
+    Returns: the figures, and {"drawn", "real"} for a contact sheet.
     """
     texts = scorer.embed_texts(dataset.captions)
     grouped = [g for g in cliques((texts @ texts.T).numpy()) if len(g) > 1]
@@ -88,21 +89,20 @@ def evaluate_generator(pipe, scorer: Scorer, dataset: Dataset, prompts: int, see
             break
         chosen.append(list(range(len(rows), len(rows) + len(grouped[index]))))
         rows += grouped[index]
-    everything = dataset.pictures()
-    real, words = everything[rows], texts[rows]
+    real, words = dataset.pictures()[rows], texts[rows]
     drawn = draw(pipe, [dataset.captions[i] for i in rows], seed)
     ours, theirs = scorer.embed_images(drawn), scorer.embed_images(real)
-    distance = torch.cdist(drawn.flatten(1), everything.flatten(1))
-    own = distance.argmin(1) == torch.tensor(rows)
+    nearest = torch.cdist(drawn.flatten(1), pool.pictures().flatten(1)).argmin(1).tolist()
+    own = [pool.captions[near] == dataset.captions[i] for near, i in zip(nearest, rows)]
     figures = {
-        "prompts": len(rows), "groups": len(chosen), "steps": STEPS, "guidance": GUIDANCE_SCALE, "seed": seed,
+        "prompts": len(rows), "groups": len(chosen), "steps": NUM_INFERENCE_STEPS, "guidance": GUIDANCE_SCALE, "seed": seed,
         "chance": len(chosen) / len(rows), "identification_drawn": identified(ours, words, chosen),
         "identification_real": identified(theirs, words, chosen), "cosine_drawn": float((ours * words).sum(1).mean()),
-        "cosine_real": float((theirs * words).sum(1).mean()), "nearest_is_own": float(own.float().mean()),
-        "captions_grouped": sum(map(len, grouped)) / len(texts),
+        "cosine_real": float((theirs * words).sum(1).mean()), "nearest_is_own": sum(own) / len(own),
+        "captions": len(texts), "captions_grouped": sum(map(len, grouped)) / len(texts),
     }
     rounded = {k: round(v, 4) if isinstance(v, float) else v for k, v in figures.items()}
-    return rounded, {"rows": rows, "drawn": drawn, "real": real}
+    return rounded, {"drawn": drawn, "real": real}
 
 
 def spearman(a: np.ndarray, b: np.ndarray) -> float:

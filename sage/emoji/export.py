@@ -85,15 +85,16 @@ library_name: diffusers
 
 A miniature text-to-image model in the layout of `StableDiffusionPipeline`: 32 px pictures of single emoji on white,
 drawn from their names. It is there so that the package shows pictures and runs its tests without downloading anything.
-It is not a general image model: a name it has not been trained on gets the nearest thing it knows, and it draws one
-object per picture.
+It is not a general image model. It draws the {focus} names in `captions.txt` of `sage/emoji`; of the other emoji names it
+has only seen the first part of the training, and gives their colours and outline at best. One object per picture.
 
     pipe = sage.emoji.load_pipeline()
     pipe("grinning cat", num_inference_steps=20, guidance_scale=2.5).images[0]
 
 ![Real pictures above, drawn ones below](contact_sheet.png)
 
-Random captions; in each pair of rows the real pictures are above and the model's below ({steps} DDIM steps, guidance {guidance}).
+Random captions; in each pair of rows the real pictures are above and the model's below ({steps} DDIM steps, guidance
+{guidance}).
 
 ## What is in the folder
 
@@ -107,11 +108,11 @@ The scheduler is DDIM with v-prediction on Stable Diffusion's scaled-linear sche
 
 ## Data and licences
 
-- Pictures: Noto Color Emoji (artwork Apache-2.0, font OFL-1.1), {pictures} distinct emoji; the denoiser and the scorer saw the
-  {captions} without skin-tone variants, the autoencoder all of them.
+- Pictures: Noto Color Emoji (artwork Apache-2.0, font OFL-1.1), {pictures} distinct emoji; the denoiser and the scorer saw
+  the {captions} without skin-tone variants, the autoencoder all of them.
 - Captions: names from Unicode's `emoji-test.txt` (Unicode licence).
-- Text for the encoder's distillation: those names, definitions, examples and nouns of WordNet 3.0 (WordNet licence), and prompts
-  composed from our own word lists.
+- Text for the encoder's distillation: those names, definitions, examples and nouns of WordNet 3.0 (WordNet licence),
+  and prompts composed from our own word lists.
 - The encoder's teacher: all-MiniLM-L6-v2 (Apache-2.0), whose projected weights the student also started from.
 
 ## Measured
@@ -130,8 +131,8 @@ with pairwise cosine >= 0.6, at most 8), by the scorer. Generator and scorer hav
 
     python -m sage.emoji.build
 
-Seeds: {seeds}. Needs the font, `emoji-test.txt`, WordNet and the teacher; `--help` says where they come from. On the
-machine above the trainings took {minutes} minutes of wall time together, while it was also doing other work.
+Seeds: {seeds}. Needs the font, `emoji-test.txt`, WordNet and the teacher; `--help` says where they come from. The
+trainings took {minutes} minutes of wall time together, on whatever that machine had to spare.
 """
 
 
@@ -149,16 +150,20 @@ def card(metrics: dict) -> str:
     stage = {"text_encoder": "text"}
     parts = [f"| `{name}/` | {text} | {sizes[name]:,} | {training[stage.get(name, name)]['steps']:,} steps |"
              for name, text in what.items()]
-    codec, drawn, text = metrics["codec"], metrics["generator"], metrics["text"]
+    codec, drawn, everything, text = metrics["codec"], metrics["generator"], metrics["all_captions"], metrics["text"]
     figures = [
         ("decoder, from the exact latents", f"{codec['decoder_psnr_db']:.1f} dB"),
         ("encoder and decoder together", f"{codec['roundtrip_psnr_db']:.1f} dB"),
         ("linear patch code, for comparison", f"{codec['linear_psnr_db']:.1f} dB"),
-        (f"identification of drawn pictures ({drawn['prompts']} captions, {drawn['groups']} groups, chance {drawn['chance']:.3f})",
+        (f"identification of drawn pictures ({drawn['prompts']} captions in {drawn['groups']} groups; "
+         f"chance {drawn['chance']:.3f})",
          f"{drawn['identification_drawn']:.3f}"),
         ("identification of the real pictures of those captions", f"{drawn['identification_real']:.3f}"),
         ("cosine of picture and caption, drawn / real", f"{drawn['cosine_drawn']:.3f} / {drawn['cosine_real']:.3f}"),
-        ("drawn pictures nearest to their own caption's real picture, of all", f"{drawn['nearest_is_own']:.3f}"),
+        (f"drawn pictures whose nearest real one, of {metrics['captions']:,}, is that of their caption",
+         f"{drawn['nearest_is_own']:.3f}"),
+        (f"for captions from all {metrics['captions']:,}: identification (chance {everything['chance']:.3f}), nearest",
+         f"{everything['identification_drawn']:.3f}, {everything['nearest_is_own']:.3f}"),
     ]
     if text:
         figures += [
@@ -170,6 +175,6 @@ def card(metrics: dict) -> str:
     return CARD.format(
         parts="\n".join(parts), figures="\n".join(f"| {name} | {value} |" for name, value in figures),
         megabytes=f"{metrics['bytes'] / 1e6:.1f}", machine=metrics["machine"], pictures=f"{metrics['pictures']:,}",
-        captions=f"{metrics['captions']:,}", steps=drawn["steps"], guidance=drawn["guidance"],
+        captions=f"{metrics['captions']:,}", focus=drawn["captions"], steps=drawn["steps"], guidance=drawn["guidance"],
         seeds=", ".join(f"{name} {run['recipe']['seed']}" for name, run in training.items()),
         minutes=round(sum(run["seconds"] for run in training.values()) / 60))

@@ -11,7 +11,7 @@ def annealed(step: int, start: int, steps: int) -> float:
 @dataclasses.dataclass(frozen=True)
 class VaeRecipe:
     seed: int = 11
-    steps: int = 1000
+    steps: int = 750
     anneal_from: int = 600
     batch: int = 32
     lr: float = 2e-3
@@ -47,10 +47,12 @@ class TextRecipe:
 @dataclasses.dataclass(frozen=True)
 class UnetRecipe:
     seed: int = 1
-    steps: int = 9000
-    batch: int = 48
+    steps: int = 3350
+    focus_from: int = 1750  # up to here every caption is drawn from, then only those of captions.txt
+    batch: int = 24
     lr: float = 1e-3
-    warmup: int = 100
+    # (step, factor on lr), linear in between: warm-up, full rate, a steep descent and a gentler one.
+    lr_knots: tuple[tuple[int, float], ...] = ((0, 0.01), (99, 1.0), (2300, 1.0), (2750, 0.4375), (3350, 0.02))
     caption_drop: float = 0.1  # the share of captions replaced by "", for classifier-free guidance
     channels: tuple[int, ...] = (64, 128)
     head: int = 32
@@ -62,7 +64,7 @@ class UnetRecipe:
 @dataclasses.dataclass(frozen=True)
 class ScorerRecipe:
     seed: int = 23  # not the generator's
-    steps: int = 1200
+    steps: int = 240
     batch: int = 128
     width: int = 28
     lr: float = 2e-3
@@ -79,7 +81,7 @@ class Recipes:
     vae: VaeRecipe = VaeRecipe()
     scorer: ScorerRecipe = ScorerRecipe()
     emoji: int | None = None
-    evaluation_prompts: int = 400
+    evaluation_prompts: int = 160
 
 
 def full() -> Recipes:
@@ -91,5 +93,5 @@ def quick() -> Recipes:
     """A minute on two cores: proves the chain, not the model."""
     return Recipes(
         text=TextRecipe(definitions=100, examples=100, names=100, prompts=200, vocabulary=2500, steps=4, anneal_from=2),
-        unet=UnetRecipe(steps=4, batch=8), vae=VaeRecipe(steps=4, batch=8, anneal_from=2), scorer=ScorerRecipe(steps=4, batch=32),
-        emoji=150, evaluation_prompts=8)
+        unet=UnetRecipe(steps=4, focus_from=2, batch=8), vae=VaeRecipe(steps=4, batch=8, anneal_from=2),
+        scorer=ScorerRecipe(steps=4, batch=32), emoji=150, evaluation_prompts=8)

@@ -8,6 +8,7 @@ cosine schedule and a tenth of the passes the same network draws only the class 
 import copy
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -21,15 +22,16 @@ TIMESTEPS = 1000
 class Stills:
     """Every caption has one picture. A richer source (composed scenes) needs `states` and `draw` only.
 
-    states: [captions, 16, C] float32, what the denoiser attends to.
+    states: [captions, 16, C] float32, what the denoiser attends to.  focus: [F] int64, the rows to end on.
     """
 
-    def __init__(self, latents: torch.Tensor, states: torch.Tensor):
-        self.latents, self.states = latents, states
+    def __init__(self, latents: torch.Tensor, states: torch.Tensor, focus: torch.Tensor):
+        self.latents, self.states, self.focus = latents, states, focus
 
-    def draw(self, count: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    def draw(self, count: int, focused: bool, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
         """(latents [count, 16, 8, 8], caption rows [count] int64), drawn with replacement."""
-        rows = torch.randint(0, len(self.latents), (count,), generator=generator)
+        rows = torch.randint(0, len(self.focus) if focused else len(self.latents), (count,), generator=generator)
+        rows = self.focus[rows] if focused else rows
         return self.latents[rows], rows
 
 
@@ -75,9 +77,8 @@ def train_unet(source: Stills, null_states: torch.Tensor, recipe: UnetRecipe, pa
     run = Run(path, "unet", recipe, {"model": model, "average": average}, optimizer, generator, save_every)
     level, n = alphas_cumprod(recipe), recipe.batch
     for step in run:
-        decay = max(0.02, min(1.0, 2 * (1 - step / recipe.steps)))  # linear over the last half
-        run.set_lr(recipe.lr * min(1.0, (step + 1) / recipe.warmup) * decay)
-        x0, rows = source.draw(n, generator)
+        run.set_lr(recipe.lr * float(np.interp(step, *zip(*recipe.lr_knots))))
+        x0, rows = source.draw(n, step >= recipe.focus_from, generator)
         noise = torch.randn(x0.shape, generator=generator)
         # One timestep from each of n equal strata: the loss's variance over t goes.
         offset = torch.rand(1, generator=generator)
