@@ -113,8 +113,9 @@ def native_build(record):
     """Arguments of setup() that build the extension. Raises Missing."""
     if MODE == "cuda" and not CUDA_SOURCES:
         raise Missing("SAGE_BUILD=cuda, but this version has no CUDA sources (csrc/cuda/*.cu)", f"SAGE_BUILD=cpu {REINSTALL}")
+    version = compiler()
     torch, cpp_extension = import_torch()
-    record.facts.update(torch=torch.__version__, compiler=compiler(), native=["cpu"])
+    record.facts.update(torch=torch.__version__, compiler=version, native=["cpu"])
 
     class BuildNative(cpp_extension.BuildExtension):
         """Compiles with ninja; in auto mode a failure leaves a pure-Python package behind."""
