@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import inspect
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +17,8 @@ from tqdm.auto import tqdm
 
 from sage.embed import embed_prompts
 from sage.grouping import plan_prompts
-from sage.plan import SharingPlan
+from sage.plan import ResolvedPlan, SharingPlan
+from sage.plan_checks import integer, texts
 from sage.scheduler import SageScheduler
 from sage.sharing import check_options, disable, enable, mismatch
 from sage.solvers import solver_name
@@ -33,7 +35,8 @@ class GenerationResult:
             `trunk_seed`, `trunk_prompt` (the representative whose noise the shared steps used), `branch_call` (the denoiser
             call from which it ran alone), `num_calls`, `similarity_to_trunk` (cosine; None for a plan that was passed in).
         plan: the `SharingPlan` that was followed.
-        stats: `nfe`, `nfe_independent`, `saving`, `guidance_copies`, `rows` (per denoiser call, over all packs), `packs`,
+        stats: `nfe`, `nfe_independent`, `saving`, `guidance_copies`, `rows` (per denoiser call, over all packs), `boundaries`
+            (per call, whether a group might part after it; None: after any), `packs`,
             `denoise_seconds`, `seconds`, `images_per_second`, `solver`, `solver_path`, `encoder`.
     """
 
@@ -98,11 +101,12 @@ def generate(
     if not isinstance(pipe, DiffusionPipeline):
         raise TypeError(f"pipe must be a diffusers pipeline, got {type(pipe).__name__}")
     start = time.perf_counter()
-    prompts = list(prompts)
+    prompts = texts(prompts, "prompts")
+    _check_pipe_kwargs(pipe, pipe_kwargs)
     negatives = _check_prompts(prompts, images_per_prompt, seeds, negative_prompt, batch_size)
     embeddings = None
     if plan is None:
-        check_options(share, similarity, max_group_size)
+        check_options(share, similarity, max_group_size, max_rows)
         grouping = dict(share=share, similarity=similarity, max_group_size=max_group_size, images_per_prompt=images_per_prompt)
         embeddings = embed_prompts(prompts, encoder=encoder, pipe=pipe)
         plan = plan_prompts(prompts, embeddings, **grouping)
@@ -122,9 +126,9 @@ def generate(
         for roots in pack(plan, batch_size):
             part, indices = plan.subset(roots)
             part_negatives = None if negatives is None else [negatives[i] for i in indices]
-            made, done = _run_pack(pipe, part, part_negatives, max_rows, bar.on_call, call_kwargs)
-            stats.append(done)
-            made_records = _records(plan, indices, similarities, negatives, done["num_calls"])
+            made, sharing = _run_pack(pipe, part, part_negatives, max_rows, bar.on_call, call_kwargs)
+            stats.append(sharing.stats)
+            made_records = _records(plan, indices, similarities, negatives, sharing.resolved)
             for index, image, record in zip(indices, made, made_records):
                 images[index], records[index] = image, record
             if on_images is not None:
@@ -193,22 +197,23 @@ def pack(plan: SharingPlan, batch_size: int) -> list[list[int]]:
 @contextlib.contextmanager
 def _borrowed(pipe, solver: str | None):
     """The pipeline with another solver, its own progress bar silenced and VAE slicing on; everything put back at the end."""
-    scheduler, bar = pipe.scheduler, getattr(pipe, "_progress_bar_config", None)
-    vae = getattr(pipe, "vae", None)
+    former, stock = pipe.__dict__.get("_sage_sharing"), pipe.scheduler
+    scheduler = stock if solver is None else SageScheduler.from_config(stock.config, solver=solver)
+    bar, vae = pipe.__dict__.get("_progress_bar_config"), getattr(pipe, "vae", None)
     sliced = getattr(vae, "use_slicing", None)
     try:
-        if solver is not None:
-            pipe.scheduler = SageScheduler.from_config(scheduler.config, solver=solver)
+        pipe.scheduler = scheduler
         pipe.set_progress_bar_config(**{**(bar or {}), "disable": True})
         if sliced is False:
             vae.enable_slicing()
         yield
     finally:
         disable(pipe)
-        pipe.scheduler = scheduler
-        if bar is None:
-            del pipe._progress_bar_config
-        else:
+        if former is not None:
+            former.attach()
+        pipe.scheduler = stock
+        pipe.__dict__.pop("_progress_bar_config", None)
+        if bar is not None:
             pipe._progress_bar_config = bar
         if sliced is False:
             vae.disable_slicing()
@@ -222,7 +227,7 @@ def _run_pack(pipe, plan: SharingPlan, negatives, max_rows, on_call, kwargs: dic
     with enable(pipe, plan, max_rows=max_rows) as sharing:
         sharing.on_call = on_call
         out = pipe([leaf.prompt for leaf in plan.leaves], generator=generators, **kwargs)
-    return out[0] if isinstance(out, tuple) else out.images, sharing.stats
+    return out[0] if isinstance(out, tuple) else out.images, sharing
 
 
 class _Progress:
@@ -244,33 +249,57 @@ class _Progress:
         self.bar.close()
 
 
+# What would have to be split over the packs, or is decided by the plan.
+_NOT_FOR_GENERATE = {
+    "generator": "use seed or seeds",
+    "latents": "each picture's come from its seed",
+    "prompt": "prompts are the second argument",
+    "prompt_embeds": "pass prompts",
+    "negative_prompt_embeds": "pass negative_prompt",
+    "num_images_per_prompt": "use images_per_prompt",
+    "image": "only text-to-image pipelines are packed; call the pipeline inside sage.enable",
+    "return_dict": "the result is a GenerationResult",
+    "callback_on_step_end": "call the pipeline inside sage.enable",
+}
+
+
+def _check_pipe_kwargs(pipe, pipe_kwargs: dict) -> None:
+    for name in pipe_kwargs:
+        if name in _NOT_FOR_GENERATE:
+            raise ValueError(f"{name} cannot be passed to sage.generate: {_NOT_FOR_GENERATE[name]}")
+    known = inspect.signature(type(pipe).__call__).parameters
+    unknown = [name for name in pipe_kwargs if name not in known]
+    if unknown:
+        raise TypeError(f"{unknown[0]} is an argument neither of sage.generate nor of {type(pipe).__name__}'s call")
+
+
 def _check_prompts(prompts, images_per_prompt, seeds, negative_prompt, batch_size) -> list[str] | None:
     """Refuse bad arguments; returns one negative prompt per prompt, or None."""
-    if not prompts:
-        raise ValueError("prompts must hold at least one prompt, got none")
-    for number, prompt in enumerate(prompts):
-        if not isinstance(prompt, str):
-            raise TypeError(f"prompts[{number}] must be a str, got {type(prompt).__name__}")
-    if images_per_prompt < 1:
-        raise ValueError(f"images_per_prompt must be at least 1, got {images_per_prompt}")
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    integer(images_per_prompt, "images_per_prompt", 1)
+    integer(batch_size, "batch_size", 1)
     if seeds is not None and len(seeds) != len(prompts):
         raise ValueError(f"seeds must hold one seed per prompt, {len(prompts)}, got {len(seeds)}")
     if negative_prompt is None or isinstance(negative_prompt, str):
         return None if negative_prompt is None else [negative_prompt] * len(prompts)
     if len(negative_prompt) != len(prompts):
         raise ValueError(f"negative_prompt must be one for all or one per prompt, {len(prompts)}, got {len(negative_prompt)}")
-    return list(negative_prompt)
+    return texts(negative_prompt, "negative_prompt")
 
 
-def _records(plan: SharingPlan, indices, similarities: np.ndarray | None, negatives, num_calls: int) -> list[dict[str, Any]]:
-    """One record per picture of a pack; see `GenerationResult.records`."""
-    resolved, root_of = plan.resolve(num_calls), plan.root_of
+def _records(plan: SharingPlan, indices, similarities, negatives, resolved: ResolvedPlan) -> list[dict[str, Any]]:
+    """One record per picture of a pack; see `GenerationResult.records`.
+
+    Args:
+        indices: [B'] the pack's leaves in `plan`, in the order of `resolved`'s leaves.
+        resolved: what the pipeline's call followed.
+    """
+    root_of = plan.root_of
     records = []
-    for index in map(int, indices):
+    for row, index in enumerate(map(int, indices)):
         leaf, root = plan.leaves[index], plan.roots[root_of[index]]
-        trunk = plan.leaves[root.representative]
+        branch_call = resolved.branch_call(row)
+        trunk = plan.leaves[root.representative] if branch_call > 0 else leaf  # nothing was shared: its own
+        similar = None if similarities is None else float(similarities[index]) if branch_call > 0 else 1.0
         records.append(
             {
                 "index": index,
@@ -282,9 +311,9 @@ def _records(plan: SharingPlan, indices, similarities: np.ndarray | None, negati
                 "group_size": len(root.members),
                 "trunk_seed": trunk.seed,
                 "trunk_prompt": trunk.prompt,
-                "branch_call": resolved.branch_call(index),
-                "num_calls": num_calls,
-                "similarity_to_trunk": None if similarities is None else float(similarities[index]),
+                "branch_call": branch_call,
+                "num_calls": resolved.num_calls,
+                "similarity_to_trunk": similar,
             }
         )
     return records
@@ -300,6 +329,7 @@ def _summary(packs: list[dict], seconds: float, pictures: int, solver: str, enco
         "saving": 1 - nfe / independent if independent else 0.0,
         "guidance_copies": packs[0]["guidance_copies"],
         "rows": [sum(p["rows"][s] for p in packs if s < len(p["rows"])) for s in range(calls)],
+        "boundaries": packs[0]["boundaries"],
         "packs": len(packs),
         "denoise_seconds": sum(p["denoise_seconds"] for p in packs),
         "seconds": seconds,

@@ -20,7 +20,7 @@ import numpy as np
 
 from sage.embed import Embeddings
 from sage.plan import Leaf, Node, SharingPlan
-from sage.plan_checks import fraction, integer, short, texts
+from sage.plan_checks import fraction, integer, short, texts, threshold
 
 __all__ = ["group", "medoid", "plan_prompts", "similarity_matrix", "tree_plan"]
 
@@ -149,7 +149,7 @@ def tree_plan(
     low, high = (fraction(value, f"tree_plan: share[{number}]") for number, value in enumerate(share))
     if low > high:
         raise ValueError(f"tree_plan: share must be (low, high) with low <= high, got ({low}, {high})")
-    least = _threshold(similarity, "tree_plan: similarity")
+    least = _millionths(similarity, "tree_plan: similarity")
 
     def until(height: int) -> float:
         return low + (high - low) * ((height - least) / (UNITS - least) if least < UNITS else 1.0)
@@ -161,7 +161,7 @@ def tree_plan(
 def _cluster(embeddings, keys, similarity, max_size) -> list[tuple[list[int], list[tuple[int, int, int]]]]:
     """Groups, each with its dendrogram: merges (a, b, height) of the clusters that hold inputs a and b, in order."""
     keys = texts(keys, "group: keys")
-    least = _threshold(similarity, "group: similarity")
+    least = _millionths(similarity, "group: similarity")
     grid = _on_grid(embeddings, "group: embeddings", len(keys))
     order = sorted(range(len(keys)), key=lambda i: (keys[i], grid[i].tobytes()))
     linkage = _similarities(grid[order])
@@ -226,6 +226,11 @@ def _on_grid(embeddings: Any, name: str, num_rows: int | None = None) -> np.ndar
     return np.rint(rows / np.sqrt((rows * rows).sum(axis=1, keepdims=True)) * GRID)
 
 
+def _millionths(similarity: Any, name: str) -> int:
+    """A threshold in the units that similarities are compared in."""
+    return round(threshold(similarity, name) * UNITS)
+
+
 def _similarities(grid: np.ndarray) -> np.ndarray:
     """int32 [n, n]: cosine similarities in millionths, exact sums rounded once."""
     similarities = np.empty((len(grid), len(grid)), dtype=np.int32)
@@ -238,14 +243,6 @@ def _refuse_rows(bad: np.ndarray, message: str) -> None:
     if bad.any():
         raise ValueError(message.format(short(np.flatnonzero(bad).tolist())))
 
-
-def _threshold(similarity: Any, name: str) -> int:
-    """The similarity threshold in millionths."""
-    if isinstance(similarity, (bool, str)) or not isinstance(similarity, (int, float, np.integer, np.floating)):
-        raise TypeError(f"{name} must be a number in (-1, 1], got {similarity!r}")
-    if not -1.0 < similarity <= 1.0:
-        raise ValueError(f"{name} must be in (-1, 1], got {similarity}")
-    return round(float(similarity) * UNITS)
 
 
 class _Request:
@@ -350,7 +347,7 @@ class _Trees:
 def _plan(request: _Request, similarity: float, max_group_size: int, until: Callable[[int], float]) -> SharingPlan:
     """Cluster the distinct prompts, and for each group and image index grow a tree; everyone else runs alone."""
     max_group_size = integer(max_group_size, f"{request.op}: max_group_size", 1)
-    _threshold(similarity, f"{request.op}: similarity")  # even when nobody is to be grouped
+    _millionths(similarity, f"{request.op}: similarity")  # even when nobody is to be grouped
     trees = _Trees(request, until)
     groups = _cluster(trees.vectors, request.prompts, similarity, max_group_size) if request.prompts else []
     images = max(leaf.image_index for leaf in request.leaves) + 1

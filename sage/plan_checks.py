@@ -30,6 +30,16 @@ def fraction(value: Any, name: str) -> float:
     return number
 
 
+def threshold(value: Any, name: str) -> float:
+    """A cosine threshold as a float in (-1, 1], or an error that names it."""
+    if isinstance(value, (bool, str)) or not isinstance(value, (int, float, np.integer, np.floating)):
+        raise TypeError(f"{name} must be a number in (-1, 1], got {value!r}")
+    number = float(value)
+    if not -1.0 < number <= 1.0:
+        raise ValueError(f"{name} must be in (-1, 1], got {number}")
+    return number
+
+
 def items(value: Any, name: str) -> Sequence:
     """`value`, refused when it is no list, tuple or array."""
     if isinstance(value, (str, bytes)) or not isinstance(value, (Sequence, np.ndarray)):

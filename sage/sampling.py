@@ -7,6 +7,7 @@ children, and the next model input.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -34,11 +35,13 @@ def sample(
     """Sample every leaf of a plan.
 
     Args:
-        denoise: `denoise(model_input, timestep, condition_rows)` → model output. `model_input` [k·R, ...] in `x_init`'s dtype
-            is already scaled for the solver; k is 2 under guidance (negative half first), else 1; `timestep` is a 0-dim
-            float32 tensor; `condition_rows` has the structure of `conditions` with k·R rows.
+        denoise: `denoise(model_input, timestep, condition_rows)` → model output. `model_input` [k·R, ...] is already scaled
+            for the solver, in `x_init`'s dtype at the first call and in the model output's from then on; k is 2 under
+            guidance (negative half first), else 1; `timestep` is a 0-dim float32 tensor; `condition_rows` has the structure
+            of `conditions` with k·R rows.
         plan: over B leaves; resolved here against the table's calls.
-        table: the solver's coefficients (`sage.solvers.table_for`), one row per call.
+        table: the solver's coefficients (`sage.solvers.table_for`), one row per call. A table that begins later (img2img:
+            `table_for(scheduler, begin=...)`) starts there, and the plan is resolved on the calls that remain.
         x_init: [B, ...] float32, bfloat16 or float16: each leaf's initial latents, already at the first noise level.
         conditions: a tensor [B, ...], or a mapping of argument name → tensor, reduced to nodes as in `sage.families.RULES`
             (a lone tensor is averaged).
@@ -58,11 +61,12 @@ def sample(
     """
     _check(plan, table, x_init, conditions, negative_conditions, guidance_scale, seeds, noise)
     guided = guidance_scale != 1.0
-    device = x_init.device
-    resolved = plan.resolve(len(table), [stage == 0 for stage in table.stage])
+    device, first = x_init.device, int(table.rows.any(axis=1).argmax())  # rows before `begin` are zero
+    resolved = plan.resolve(len(table) - first, [stage == 0 for stage in table.stage[first:]])
     coefficients, timesteps = table.tensor(device), torch.tensor(table.timesteps, dtype=torch.float32, device=device)
     partitions = PlanRows(resolved)
-    schedule = [_Call(partitions, s, guidance_scale if guided else None, seeds, device) for s in range(resolved.num_calls)]
+    guidance = guidance_scale if guided else None
+    schedule = [_Call(partitions, s, first + s, guidance, seeds, device) for s in range(resolved.num_calls)]
 
     x = x_init.index_select(0, schedule[0].rows.representatives.to(device))
     model_input = x * table.input_scale
@@ -76,7 +80,7 @@ def sample(
         if call.rows is not rows:
             rows = call.rows
             condition_rows = _condition_rows(conditions, negative_conditions if guided else None, rows)
-        output = denoise(model_input, timesteps[s], condition_rows)
+        output = denoise(model_input, timesteps[first + s], condition_rows)
         uncond, cond = output.chunk(2) if guided else (None, output)
         parent = call.parent
         history_rows = [index.index_select(0, parent) for index in history_rows]
@@ -112,7 +116,7 @@ class _Call:
     as its parent node does: children of one node part by their conditions alone.
     """
 
-    def __init__(self, partitions: PlanRows, s: int, guidance: float | None, seeds, device: torch.device):
+    def __init__(self, partitions: PlanRows, s: int, row: int, guidance: float | None, seeds, device: torch.device):
         plan = partitions.plan
         self.rows = partitions.at(s)
         parent = plan.labels(s) if s == plan.num_calls - 1 else plan.parent(s)
@@ -121,7 +125,7 @@ class _Call:
         self.parent = torch.tensor(parent, **ints)  # [R_{s+1}]
         self.representative = torch.tensor(representative, **ints)  # [R_{s+1}] leaf
         self.itself = torch.arange(len(parent), **ints)
-        self.step = torch.full((len(parent),), s, **ints)
+        self.step = torch.full((len(parent),), row, **ints)
         self.guidance = None if guidance is None else torch.full((len(parent),), guidance, device=device)
         self.seed = None if seeds is None else seeds[torch.from_numpy(np.array(representative))].to(device)
 
@@ -148,16 +152,35 @@ def _check(plan, table, x_init, conditions, negative, guidance_scale, seeds, noi
     leaves = len(plan.leaves)
     if x_init.ndim < 2 or len(x_init) != leaves:
         raise ValueError(f"x_init must be [{leaves}, ...], a row per leaf of the plan, got {tuple(x_init.shape)}")
+    if x_init.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise TypeError(f"x_init must be float32, bfloat16 or float16, got {x_init.dtype}")
+    if not math.isfinite(guidance_scale):
+        raise ValueError(f"guidance_scale must be finite, got {guidance_scale}")
     if guidance_scale != 1.0 and negative is None:
         raise ValueError(f"negative_conditions are required for guidance_scale {guidance_scale}; pass them or use 1.0")
-    for what, given in (("conditions", conditions), ("negative_conditions", negative)):
-        for name, value in (given.items() if isinstance(given, Mapping) else [("", given)]):
-            if torch.is_tensor(value) and len(value) != leaves:
-                where = f"{what}[{name!r}]" if name else what
-                raise ValueError(f"{where} must have {leaves} rows, one per leaf of the plan, got {tuple(value.shape)}")
+    names = _check_conditions("conditions", conditions, leaves)
+    if negative is not None and _check_conditions("negative_conditions", negative, leaves) != names:
+        raise ValueError("negative_conditions must have the structure of conditions: a tensor, or a mapping of the same names")
+    unknown = [name for name in names if name and name not in RULES]
+    if unknown:
+        raise ValueError(f"conditions[{unknown[0]!r}] has no rule that says how a group's rows become one; known: {', '.join(RULES)}")
     if seeds is not None and noise is not None:
         raise ValueError("seeds and noise exclude each other: pass seeds for noise inside the kernel, or noise to bring it")
     if table.stochastic and seeds is None and noise is None:
         raise ValueError(f"{table.solver} draws noise at every step: pass seeds (int64 [{leaves}]) or noise")
+    if seeds is not None and not torch.is_tensor(seeds):
+        raise TypeError(f"seeds must be an int64 tensor [{leaves}], got {type(seeds).__name__}; use torch.tensor(seeds)")
     if seeds is not None and (seeds.dtype != torch.int64 or tuple(seeds.shape) != (leaves,)):
         raise ValueError(f"seeds must be int64 [{leaves}], got {seeds.dtype} {tuple(seeds.shape)}")
+
+
+def _check_conditions(what: str, given: Any, leaves: int) -> list[str]:
+    """The names in `given` ("" for a lone tensor), after checking that every value has a row per leaf."""
+    entries = dict(given) if isinstance(given, Mapping) else {"": given}
+    for name, value in entries.items():
+        where = f"{what}[{name!r}]" if name else what
+        if not torch.is_tensor(value):
+            raise TypeError(f"{where} must be a tensor{'' if name else ' or a mapping of tensors'}, got {type(value).__name__}")
+        if value.ndim == 0 or len(value) != leaves:
+            raise ValueError(f"{where} must have {leaves} rows, one per leaf of the plan, got {tuple(value.shape)}")
+    return sorted(entries)

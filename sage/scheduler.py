@@ -77,7 +77,8 @@ class SageScheduler:
         return cls.from_config(config, solver=solver)
 
     def __reduce__(self):
-        return _restore, (diffusers_class(type(self)), self.__dict__.copy())
+        state = {key: value for key, value in self.__dict__.items() if key != "_sage_run"}  # a copy is in no shared call
+        return _restore, (diffusers_class(type(self)), state)
 
 
 class _ConfigFile(ConfigMixin):
@@ -134,6 +135,11 @@ def sage_class(base: type) -> type:
 
     @functools.wraps(base.set_timesteps)
     def set_timesteps(self, *args, **kwargs):
+        if self._sage_run is not None and self._sage_run.call > 0:
+            raise RuntimeError(
+                f"{base.__name__}.set_timesteps was called in the middle of a shared call: another loop runs on the same "
+                "scheduler object; give it one of its own (copy.deepcopy)"
+            )
         self._sage_trajectory = None
         return base.set_timesteps(self, *args, **kwargs)
 
@@ -198,7 +204,14 @@ def _step(scheduler, base: type, model_output, timestep, sample, args: tuple, kw
     Rows of one node are first set to their representative's, then stepped with the representative's noise.
     """
     run = scheduler._sage_run
-    representative_of = run.representative_of(sample.device) if run is not None else None  # int64 [B] | None
+    representative_of = None  # int64 [B]
+    if run is not None:
+        representative_of = run.representative_of(sample.device)
+        if len(sample) != len(run.plan.leaves):
+            raise ValueError(
+                f"{base.__name__}.step: sample has {len(sample)} rows, but the plan has {len(run.plan.leaves)} pictures; "
+                "sharing needs one row per picture in the scheduler's step"
+            )
     if args:  # options given by position, after self, model_output, timestep, sample
         kwargs = {**dict(zip(list(inspect.signature(base.step).parameters)[4:], args)), **kwargs}
     trajectory = _trajectory(scheduler, base, timestep, model_output, sample, kwargs)
@@ -258,15 +271,24 @@ def _row_of(scheduler, timestep) -> int:
 
 
 def _own_step(scheduler, base, model_output, timestep, sample, kwargs, representative_of):
-    """diffusers' own `step` on all rows, between two gathers; untouched when nothing is shared."""
+    """diffusers' own `step` on all rows, between two gathers; untouched when nothing is shared.
+
+    What the scheduler keeps from a step (last samples, last noise, histories) is gathered too: all rows of a node go on as
+    its representative.
+    """
     if representative_of is None:
         return base.step(scheduler, model_output, timestep, sample, **kwargs)
     out = base.step(scheduler, model_output, timestep, sample.index_select(0, representative_of), **kwargs)
 
     def gather(value):
-        batched = torch.is_tensor(value) and value.ndim > 0 and value.shape[0] == len(representative_of)
-        return value.index_select(0, representative_of) if batched else value
+        if isinstance(value, list):
+            return [gather(item) for item in value]
+        kept = torch.is_tensor(value) and value.shape == sample.shape
+        return value.index_select(0, representative_of.to(value.device)) if kept else value
 
+    for name, value in list(scheduler.__dict__.items()):
+        if torch.is_tensor(value) or isinstance(value, list):
+            scheduler.__dict__[name] = gather(value)
     if isinstance(out, tuple):
         return tuple(map(gather, out))
     return type(out)(**{name: gather(value) for name, value in out.items()})
@@ -276,6 +298,11 @@ def _table_step(scheduler, base, trajectory: Trajectory, model_output, sample, k
     """One `branch_step` over B rows; every row reads its representative's sample, output, history and noise."""
     if trajectory.dtype is None:
         trajectory.dtype = sample.dtype if sample.dtype == model_output.dtype else torch.float32
+    if trajectory.history and trajectory.history[0].shape != sample.shape:
+        raise ValueError(
+            f"{base.__name__}.step: sample has shape {tuple(sample.shape)}, but the steps before had "
+            f"{tuple(trajectory.history[0].shape)}; call set_timesteps before sampling another batch"
+        )
     returned = (
         model_output.dtype
         if base.__name__ in _RETURNS_MODEL_DTYPE

@@ -9,6 +9,9 @@ import copy
 import torch
 
 
+_STOCHASTIC = ("EulerAncestralDiscreteScheduler", "DDPMScheduler", "LCMScheduler", "SASolverScheduler")
+
+
 def _step_kwargs(scheduler, generator):
     takes_generator = "generator" in scheduler.step.__code__.co_varnames
     return {"generator": generator} if takes_generator else {}
@@ -23,7 +26,7 @@ def _advance(unet, scheduler, x, t, negative, condition, guidance, generator):
 
 def _skip_draws(scheduler, generator, steps, shape):
     """What a member's generator would have drawn during the trunk: stock draws at every step of a stochastic solver."""
-    stochastic = type(scheduler).__name__ in ("EulerAncestralDiscreteScheduler", "DDPMScheduler", "LCMScheduler")
+    stochastic = type(scheduler).__name__ in _STOCHASTIC
     if stochastic or getattr(scheduler.config, "algorithm_type", "").startswith("sde"):
         for _ in range(steps):
             torch.randn(shape, generator=generator)

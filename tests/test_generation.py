@@ -156,6 +156,41 @@ def test_a_solver_can_be_chosen_and_the_pipeline_is_left_as_it_was(pipe):
     assert not close(result.images[0], make(pipe).images[0])
 
 
+def test_records_say_when_a_solver_of_two_stages_really_branched(pipe):
+    """Heun's groups part between whole steps: later than the share alone would say."""
+    result = make(pipe, solver="heun", share=0.45)  # floor(0.45 · 7 + 0.5) = 3 lies inside the second step
+    cats = [record for record in result.records if record["group_size"] == 3]
+    assert result.stats["rows"] == [3, 3, 3, 3, 5, 5, 5] and result.stats["boundaries"] is not None
+    assert {record["branch_call"] for record in cats} == {4}
+
+
+def test_records_of_a_group_that_shared_nothing_name_the_picture_itself(pipe):
+    for record in make(pipe, share=0.0).records:
+        assert record["branch_call"] == 0 and record["trunk_seed"] == record["seed"]
+        assert record["trunk_prompt"] == record["prompt"] and record["similarity_to_trunk"] == 1
+
+
+def test_an_enabled_pipeline_stays_enabled(pipe):
+    sharing = sage.enable(pipe, share=0.25)
+    try:
+        make(pipe)
+        pipe(["a red cat", "a blue cat"], num_inference_steps=STEPS, output_type="latent")
+        assert sharing.stats["rows"] == [1, 2, 2, 2]
+    finally:
+        sage.disable(pipe)
+
+
+def test_a_fresh_pipeline_without_a_progress_bar_setting(pipe):
+    bar = pipe.__dict__.pop("_progress_bar_config")
+    try:
+        with pytest.raises(ValueError, match="unknown solver 'nope'"):
+            make(pipe, solver="nope")
+        make(pipe)
+        assert "_progress_bar_config" not in pipe.__dict__
+    finally:
+        pipe._progress_bar_config = bar
+
+
 def test_the_pipeline_is_left_as_it_was_after_a_failure(pipe):
     scheduler, cls = pipe.scheduler, type(pipe)
     with pytest.raises(RuntimeError, match="disk full"):
@@ -181,14 +216,22 @@ def test_the_progress_bar_counts_denoiser_rows(pipe, capsys):
     "change, error, message",
     [
         (dict(prompts=[]), ValueError, "prompts must hold at least one prompt"),
-        (dict(prompts=["a red cat", 3]), TypeError, r"prompts\[1\] must be a str, got int"),
-        (dict(share=-0.1), ValueError, r"share must lie in \[0, 1\], got -0.1"),
-        (dict(similarity=2), ValueError, r"similarity must lie in \(-1, 1\], got 2"),
+        (dict(prompts=["a red cat", 3]), TypeError, r"prompts\[1\] must be a str, got 3"),
+        (dict(share=-0.1), ValueError, r"share must be in \[0, 1\], got -0.1"),
+        (dict(similarity=2), ValueError, r"similarity must be in \(-1, 1\], got 2.0"),
         (dict(seeds=[1]), ValueError, "seeds must hold one seed per prompt, 5, got 1"),
         (dict(negative_prompt=["x"]), ValueError, "negative_prompt must be one for all or one per prompt, 5, got 1"),
         (dict(images_per_prompt=0), ValueError, "images_per_prompt must be at least 1, got 0"),
         (dict(batch_size=0), ValueError, "batch_size must be at least 1, got 0"),
-        (dict(max_rows=0), ValueError, "max_rows must be at least 1 or None, got 0"),
+        (dict(prompts="a red cat"), TypeError, "prompts must be a sequence of str, got str"),
+        (dict(max_rows=0), ValueError, "max_rows must be at least 1, got 0"),
+        (dict(max_rows=2.5), TypeError, "max_rows must be an integer, got 2.5"),
+        (dict(batch_size="8"), TypeError, "batch_size must be an integer, got '8'"),
+        (dict(share="0.4"), TypeError, r"share must be a number in \[0, 1\], got '0.4'"),
+        (dict(negative_prompt=[None] * 5), TypeError, r"negative_prompt\[0\] must be a str, got None"),
+        (dict(latents=torch.zeros(5, 4, 8, 8)), ValueError, "latents cannot be passed to sage.generate: each picture's come"),
+        (dict(generator=torch.Generator()), ValueError, "generator cannot be passed to sage.generate: use seed or seeds"),
+        (dict(stepz=3), TypeError, "stepz is an argument neither of sage.generate nor of StableDiffusionPipeline's call"),
         (dict(solver="nope"), ValueError, "unknown solver 'nope'; known: ddim"),
         (dict(plan=SharingPlan.independent([Leaf("a red cat")])), ValueError, "plan is for 1 pictures, but the call asks for 5"),
     ],

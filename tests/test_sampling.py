@@ -134,6 +134,21 @@ def _set(scheduler, steps=8):
     return scheduler
 
 
+def test_a_table_that_begins_later_starts_there(pipe):
+    """As img2img does: the loop runs the calls that remain, and equals a stock scheduler begun at the same step."""
+    native, begin = Native(pipe, "dpm++2m"), 2
+    native.table = table_for(native.scheduler, begin=begin)
+    got = native.run(SharingPlan.independent(LEAVES), guidance_scale=1.0, negative_conditions=None)
+    assert native.rows == [len(PROMPTS)] * (STEPS - begin)
+    scheduler, x = scheduler_of(pipe, "dpm++2m"), native.x_init
+    scheduler.set_timesteps(STEPS)
+    scheduler.set_begin_index(begin)
+    with torch.no_grad():
+        for t in scheduler.timesteps[begin:]:
+            x = scheduler.step(pipe.unet(x, t, encoder_hidden_states=native.embeds).sample, t, x).prev_sample
+    assert worst(got, x) <= 1e-5
+
+
 def test_philox_noise_belongs_to_the_representative(pipe):
     """With seeds, a picture depends on its own seed and its group, not on its place or on the others."""
     native = Native(pipe, "euler-a")
@@ -200,20 +215,27 @@ def test_low_precision_state_stays_low(pipe):
 
 
 @pytest.mark.parametrize(
-    "change, message",
+    "change, error, message",
     [
-        (dict(x_init=torch.zeros(4, *SHAPE)), r"x_init must be \[5, ...\], a row per leaf of the plan, got \(4, 4, 8, 8\)"),
-        (dict(conditions=torch.zeros(3, 2)), r"conditions must have 5 rows, one per leaf of the plan, got \(3, 2\)"),
-        (dict(conditions={"text_embeds": torch.zeros(3, 2)}), r"conditions\['text_embeds'\] must have 5 rows"),
-        (dict(guidance_scale=2.0), "negative_conditions are required for guidance_scale 2.0"),
-        (dict(seeds=torch.arange(4)), r"seeds must be int64 \[5\], got torch.int64 \(4,\)"),
-        (dict(seeds=torch.zeros(5)), r"seeds must be int64 \[5\], got torch.float32"),
-        (dict(seeds=torch.arange(5), noise=lambda call: None), "seeds and noise exclude each other"),
-        (dict(solver="euler-a"), "euler-a draws noise at every step: pass seeds"),
+        (dict(x_init=torch.zeros(4, *SHAPE)), ValueError, r"x_init must be \[5, ...\], a row per leaf of the plan, got \(4, 4, 8"),
+        (dict(x_init=torch.zeros(5, *SHAPE).double()), TypeError, "x_init must be float32, bfloat16 or float16, got torch.float64"),
+        (dict(conditions=torch.zeros(3, 2)), ValueError, r"conditions must have 5 rows, one per leaf of the plan, got \(3, 2\)"),
+        (dict(conditions={"text_embeds": torch.zeros(3, 2)}), ValueError, r"conditions\['text_embeds'\] must have 5 rows"),
+        (dict(conditions={"style": torch.zeros(5, 2)}), ValueError, r"conditions\['style'\] has no rule"),
+        (dict(conditions=None), TypeError, "conditions must be a tensor or a mapping of tensors, got NoneType"),
+        (dict(guidance_scale=2.0), ValueError, "negative_conditions are required for guidance_scale 2.0"),
+        (dict(guidance_scale=float("nan")), ValueError, "guidance_scale must be finite, got nan"),
+        (dict(guidance_scale=2.0, negative_conditions={"text_embeds": torch.zeros(5, 2)}), ValueError, "must have the structure"),
+        (dict(seeds=torch.arange(4)), ValueError, r"seeds must be int64 \[5\], got torch.int64 \(4,\)"),
+        (dict(seeds=torch.zeros(5)), ValueError, r"seeds must be int64 \[5\], got torch.float32"),
+        (dict(seeds=[1, 2, 3, 4, 5]), TypeError, r"seeds must be an int64 tensor \[5\], got list"),
+        (dict(seeds=torch.arange(5), noise=lambda call: None), ValueError, "seeds and noise exclude each other"),
+        (dict(solver="euler-a"), ValueError, "euler-a draws noise at every step: pass seeds"),
     ],
 )
-def test_bad_input_is_refused_before_the_denoiser_runs(change, message):
-    table = table_for(_set(SageScheduler.from_config({}, solver=change.pop("solver", "ddim"))))
+def test_bad_input_is_refused_before_the_denoiser_runs(change, error, message):
+    table = table_for(_set(SageScheduler.from_config({}, solver=change.get("solver", "ddim"))))
     arguments = dict(x_init=torch.zeros(5, *SHAPE), conditions=torch.zeros(5, 2)) | change
-    with pytest.raises(ValueError, match=message):
+    arguments.pop("solver", None)
+    with pytest.raises(error, match=message):
         sage.sample(lambda *args: pytest.fail("the denoiser ran"), flat(), table, **arguments)

@@ -127,6 +127,16 @@ def test_copies_go_on_where_the_original_is(clone):
     assert not torch.equal(fresh.step(model(x, t), t, x).prev_sample, expected)
 
 
+def test_another_batch_in_the_middle_of_a_run_is_refused():
+    scheduler = SageScheduler.from_config(CONFIG, solver="dpm++2m")
+    scheduler.set_timesteps(7)
+    x = torch.randn(SHAPE)
+    for t in scheduler.timesteps[:2]:
+        x = scheduler.step(model(x, t), t, x).prev_sample
+    with pytest.raises(ValueError, match="call set_timesteps before sampling another batch"):
+        scheduler.step(model(x[1:], t), scheduler.timesteps[2], x[1:])
+
+
 def test_a_second_run_starts_afresh():
     scheduler = SageScheduler.from_config(CONFIG, solver="unipc")
     first, second = run(scheduler), run(scheduler)

@@ -1,6 +1,7 @@
 """sage.enable on Stable Diffusion: what is shared, what is not, and what is left behind."""
 
 import copy
+import pickle
 import subprocess
 import sys
 import threading
@@ -17,6 +18,7 @@ from diffusers import (
     KDPM2DiscreteScheduler,
     LCMScheduler,
     PNDMScheduler,
+    SASolverScheduler,
     UniPCMultistepScheduler,
 )
 from hand_loop import shared_latents
@@ -41,7 +43,11 @@ TABLE_SOLVERS = {
     "heun": (HeunDiscreteScheduler, {}),
     "lcm": (LCMScheduler, {}),
 }
-OWN_STEP = {"kdpm2": (KDPM2DiscreteScheduler, {}), "pndm": (PNDMScheduler, {"skip_prk_steps": True})}
+OWN_STEP = {
+    "kdpm2": (KDPM2DiscreteScheduler, {}),
+    "pndm": (PNDMScheduler, {"skip_prk_steps": True}),
+    "sa-solver": (SASolverScheduler, {}),
+}
 SHARED_SOLVERS = ("ddim", "euler", "euler-a", "dpm++2m", "dpm++2m-sde", "dpm++3m", "unipc", "heun", "lcm")
 
 
@@ -177,13 +183,14 @@ def test_dropping_the_history_at_the_branch_is_seen(pipe, monkeypatch):
         assert far(draw(pipe), expected)
 
 
-def test_own_step_shares_as_the_hand_written_loop_does(pipe):
-    use(pipe, "pndm")
+@pytest.mark.parametrize("solver, calls", [("pndm", STEPS + 1), ("sa-solver", STEPS)])  # PNDM calls once more than it steps
+def test_own_step_shares_as_the_hand_written_loop_does(pipe, solver, calls):
+    use(pipe, solver)
     expected = shared_latents(pipe, pipe.scheduler, PROMPTS, NEGATIVES, SEEDS, GROUPS, 3, STEPS, GUIDANCE)
-    plan = flat(3 / 7)  # PNDM calls the denoiser once more than it has steps
-    with sage.enable(pipe, plan) as sharing:
+    with sage.enable(pipe, flat(3 / calls)) as sharing:
         got = draw(pipe)
-    assert sharing.stats["rows"] == [2, 2, 2, 5, 5, 5, 5]
+    assert sharing.stats["solver_path"].startswith("own step: ")
+    assert sharing.stats["rows"] == [2] * 3 + [5] * (calls - 3)
     assert worst(got, expected) <= 1e-5
 
 
@@ -354,17 +361,82 @@ def test_two_pipelines_with_one_unet_in_two_threads(pipe):
     assert torch.equal(results["stock"], expected_stock)
 
 
+@pytest.mark.parametrize("clone", [copy.copy, copy.deepcopy, lambda pipe: pickle.loads(pickle.dumps(pipe))])
+def test_a_copy_of_an_enabled_pipeline_is_a_stock_pipeline(pipe, clone):
+    cls = type(pipe)
+    with sage.enable(pipe, flat()):
+        other = clone(pipe)
+        assert type(other) is cls and "_sage_sharing" not in other.__dict__
+        draw(pipe)
+        sage.disable(other)
+        assert type(pipe) is not cls, "disabling the copy must not disable the original"
+
+
+def test_stats_count_rows_when_guidance_ends_early(pipe):
+    def stop_guiding(pipe, step, timestep, tensors):
+        if step == 2:
+            pipe._guidance_scale = 1.0
+            tensors["prompt_embeds"] = tensors["prompt_embeds"].chunk(2)[1]
+        return tensors
+
+    with sage.enable(pipe, flat()) as sharing:
+        draw(pipe, callback_on_step_end=stop_guiding, callback_on_step_end_tensor_inputs=["latents", "prompt_embeds"])
+    assert sharing.stats["rows"] == [2, 2, 2, 5, 5, 5] and sharing.stats["nfe"] == 21
+    assert sharing.stats["denoiser_rows"] == 2 * 6 + 15
+
+
+# ---- loops that would go wrong silently
+
+
+def test_another_loop_on_the_same_scheduler_is_refused(pipe):
+    stock = type(pipe)(**pipe.components, requires_safety_checker=False)
+    stock.set_progress_bar_config(disable=True)
+
+    def call(other):
+        return lambda *args: other("x", num_inference_steps=2, output_type="latent") and {}
+
+    with sage.enable(pipe, flat()):
+        with pytest.raises(RuntimeError, match="set_timesteps was called in the middle of a shared call"):
+            draw(pipe, callback_on_step_end=call(stock))
+    with sage.enable(pipe, share=0.0) as sharing:
+        sharing.plan, sharing._fixed_plan = None, SharingPlan.independent([Leaf("x")])
+        with pytest.raises(RuntimeError, match="called inside a call of a pipeline with the same scheduler object"):
+            pipe("x", num_inference_steps=2, callback_on_step_end=call(pipe))
+    assert type(pipe.scheduler) is DDIMScheduler and "_sage_run" not in pipe.scheduler.__dict__
+
+
+def test_a_loop_that_never_steps_the_scheduler_is_refused(pipe):
+    step = pipe.scheduler.step
+    pipe.scheduler.step = lambda *args, **kwargs: step(*args, **kwargs)  # hides the step that a shared call brings
+    try:
+        with sage.enable(pipe, flat()):
+            with pytest.raises(RuntimeError, match="without calling pipe.scheduler.step"):
+                draw(pipe)
+    finally:
+        del pipe.scheduler.step
+
+
+def test_a_step_on_other_rows_than_the_plans_is_refused(pipe):
+    def step_doubled(pipe, step, timestep, tensors):
+        doubled = torch.cat([tensors["latents"]] * 2)
+        pipe.scheduler.step(doubled, timestep, doubled)
+
+    with sage.enable(pipe, flat()):
+        with pytest.raises(ValueError, match="sample has 10 rows, but the plan has 5 pictures"):
+            draw(pipe, callback_on_step_end=step_doubled)
+
+
 # ---- bad input
 
 
 @pytest.mark.parametrize(
     "change, message",
     [
-        (dict(share=1.5), r"share must lie in \[0, 1\], got 1.5"),
-        (dict(share=float("nan")), r"share must lie in \[0, 1\], got nan"),
-        (dict(similarity=-1), r"similarity must lie in \(-1, 1\], got -1"),
+        (dict(share=1.5), r"share must be in \[0, 1\], got 1.5"),
+        (dict(share=float("nan")), r"share must be in \[0, 1\], got nan"),
+        (dict(similarity=-1), r"similarity must be in \(-1, 1\], got -1.0"),
         (dict(max_group_size=0), "max_group_size must be at least 1, got 0"),
-        (dict(max_rows=0), "max_rows must be at least 1 or None, got 0"),
+        (dict(max_rows=0), "max_rows must be at least 1, got 0"),
         (dict(rules={"x": "sum"}), "rules\\['x'\\] must be one of 'mean'"),
     ],
 )
