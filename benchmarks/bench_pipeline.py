@@ -51,11 +51,11 @@ class Clock:
         return tensors
 
 
-def methods(leaves, plan_of, steps: int) -> list[Method]:
-    """Stock; enabled without sharing; shares of 20, 40 and 60 %; and stock at the rows of each share, by fewer steps."""
+def methods(leaves, plan_of, steps: int, shares: list[float]) -> list[Method]:
+    """Stock; enabled without sharing; every share; and stock at the rows of each share, by fewer steps."""
     independent = sage.SharingPlan.independent(leaves)
     found = [Method("stock", steps, None, len(leaves) * steps), Method("enabled, share 0", steps, independent, len(leaves) * steps)]
-    for share in (0.2, 0.4, 0.6):
+    for share in shares:
         plan = plan_of(share)
         nfe = plan.cost(steps).nfe
         fewer = max(1, round(nfe / len(leaves)))
@@ -91,6 +91,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", default=str(ROOT / "examples" / "prompts.txt"), help="text file, a prompt per line")
     parser.add_argument("--steps", type=int, default=20, help="denoiser calls of the unshortened methods")
+    parser.add_argument("--shares", type=float, nargs="+", default=[0.4], help="fractions of the calls that groups share")
     parser.add_argument("--guidance-scale", type=float, default=2.5)
     parser.add_argument("--solver", default=None, help="a name of sage.solvers.SOLVERS (default: the model's own)")
     parser.add_argument("--repeats", type=int, default=5, help="timed runs of each method, in turn")
@@ -117,7 +118,7 @@ def run(args, prompts: list[str]) -> dict:
     clock, embeddings = Clock(pipe), sage.embed_prompts(prompts)
     plan = sage.plan_prompts(prompts, embeddings, share=0.4)
     groups = [list(root.members) for root in plan.roots if len(root.members) > 1]
-    todo = methods(plan.leaves, lambda share: sage.plan_prompts(prompts, embeddings, share=share), args.steps)
+    todo = methods(plan.leaves, lambda share: sage.plan_prompts(prompts, embeddings, share=share), args.steps, args.shares)
     seconds: dict[str, list[float]] = {method.name: [] for method in todo}
     rows = []
     for method in tqdm(todo, desc="pictures and warm-up"):
