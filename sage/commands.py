@@ -75,7 +75,12 @@ class Generation:
         self.written = 0  # pictures of this run that are on disk
         asked = leaves_of(self.prompts, self.images)
         self.fixed_plan = None if request.plan is None else load_plan(request.plan, asked)
-        self.folder = OutputFolder(request.out, overwrite=request.overwrite, resume=request.resume)
+        self.folder = OutputFolder(
+            request.out,
+            overwrite=request.overwrite,
+            resume=request.resume,
+            inputs=[file for file in (source, request.plan) if file is not None],
+        )
         check_model(request.model)
         for remark in self.prompts.remarks():
             say(remark)

@@ -32,6 +32,7 @@ SERIES = {"images": "manifest.jsonl", "unshared": "unshared.jsonl"}  # folder of
 SINGLE_FILES = ("index.html", "plan.json", "report.json", *SERIES.values())
 PICTURE_NAME = re.compile(r"[0-9]{5,12}-[a-z0-9-]{1,48}\.png")
 SLUG_LENGTH = 48
+MAX_NAME = 255  # bytes in a file name, on every usual file system
 
 
 def slug(prompt: str, length: int = SLUG_LENGTH) -> str:
@@ -181,22 +182,22 @@ class OutputFolder:
 
     Args:
         path: the folder; it and its parents are created by `prepare`.
-        overwrite: accept a folder that holds something; an earlier run's files are replaced, other files stay.
+        overwrite: accept a folder that holds an earlier run; that run's files are replaced, other files stay.
         resume: accept a folder that holds an unfinished run with equal settings, and complete it.
+        inputs: files that the new run reads, which `overwrite` must not take away.
     Raises:
-        InputError: not a folder, not writable, or not empty without leave.
+        InputError: not a folder, not writable, not empty without leave, or something else is where files shall go.
     """
 
-    def __init__(self, path: str | Path, *, overwrite: bool = False, resume: bool = False):
+    def __init__(self, path: str | Path, *, overwrite: bool = False, resume: bool = False, inputs: Iterable[str] = ()):
         self.path, self.overwrite, self.resume = Path(path), overwrite, resume
         if overwrite and resume:
             raise InputError("--overwrite and --resume exclude each other: one starts anew, the other completes.")
-        if self.path.exists() and not self.path.is_dir():
-            raise InputError(f"{self.path}: the output folder is a file; give another --out.")
-        self._check_writable()
-        if not (overwrite or resume) and self.path.is_dir() and any(self.path.iterdir()):
-            hint = "--resume completes it, --overwrite starts anew" if self.old_report() else "--overwrite writes into it"
-            raise InputError(f"{self.path}: the output folder is not empty; {hint}.")
+        try:
+            self._check_place()
+            self._check_content(inputs)
+        except OSError as error:
+            raise InputError(f"{self.path}: cannot be the output folder ({error.strerror or error}).") from None
 
     def old_report(self) -> dict | None:
         """The report of the run that is in the folder, None when there is none."""
@@ -204,7 +205,8 @@ class OutputFolder:
             report = json.loads((self.path / "report.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
-        return report if isinstance(report, dict) and isinstance(report.get("settings"), dict) else None
+        settings = report.get("settings") if isinstance(report, dict) else None
+        return report if isinstance(settings, dict) and "prompts" in settings else None
 
     def check_resumable(self, settings: dict) -> bool:
         """Whether there is a run to complete.
@@ -236,22 +238,57 @@ class OutputFolder:
         except OSError as error:
             raise InputError(f"{self.path}: cannot be prepared for output ({error.strerror or error}).") from None
 
-    def _check_writable(self) -> None:
+    def _check_place(self) -> None:
+        """Refuse a path where no folder is or can be made."""
+        whole = self.path.absolute()
+        if any(len(os.fsencode(part)) > MAX_NAME for part in whole.parts):
+            raise InputError(f"{self.path}: a name in this path is longer than {MAX_NAME} bytes; give a shorter --out.")
         # A missing parent is created later, so the nearest one that exists decides.
-        nearest = next(folder for folder in (self.path.absolute(), *self.path.absolute().parents) if folder.exists())
+        nearest = next(folder for folder in (whole, *whole.parents) if folder.exists() or folder.is_symlink())
+        if not nearest.exists():
+            raise InputError(f"{self.path}: {nearest} is a link to nothing; remove it or give another --out.")
+        if not nearest.is_dir() and nearest == whole:
+            raise InputError(f"{self.path}: the output folder is a file; give another --out.")
         if not nearest.is_dir():
             raise InputError(f"{self.path}: {nearest} is a file, so no folder can be made in it.")
         if not os.access(nearest, os.W_OK | os.X_OK):
             raise InputError(f"{self.path}: the folder {nearest} is not writable.")
 
+    def _check_content(self, inputs: Iterable[str]) -> None:
+        """Refuse a folder that holds what must stay where it is, or what is in the way."""
+        if not self.path.is_dir() or not any(self.path.iterdir()):
+            return
+        report = self.old_report()
+        if not (self.overwrite or self.resume) and report is not None:
+            raise InputError(f"{self.path}: the output folder is not empty; --resume completes it, --overwrite starts anew.")
+        if not self.resume and report is None:
+            raise InputError(
+                f"{self.path}: the output folder is not empty, and what it holds is no run of sage (no report.json of one)"
+                f"{', so --overwrite replaces nothing' if self.overwrite else ''}; give a new or empty folder as --out."
+            )
+        for name in SERIES:
+            file = self.path / name
+            if (file.exists() or file.is_symlink()) and not file.is_dir():
+                raise InputError(f"{file}: this is a file where a folder of pictures shall go; move it away.")
+        for name in SINGLE_FILES:
+            if (self.path / name).is_dir():
+                raise InputError(f"{self.path / name}: this is a folder where a file shall go; move it away.")
+        if self.overwrite:
+            taken = {file.resolve() for file in self._own_files()}
+            for name in inputs:
+                if Path(name).resolve() in taken:
+                    raise InputError(f"{name}: --overwrite would remove this file, which the run reads; copy it elsewhere.")
+
     def _own_files(self) -> list[Path]:
-        pictures = [
-            file
-            for folder in SERIES
-            if (self.path / folder).is_dir() and not (self.path / folder).is_symlink()
-            for file in (self.path / folder).iterdir()
-            if PICTURE_NAME.fullmatch(file.name)
-        ]
+        """What an earlier run left: the pictures that its manifests list, and the files with fixed names."""
+        pictures = []
+        for series, manifest in SERIES.items():
+            if (self.path / series).is_symlink():
+                continue
+            for row in read_manifest(self.path / manifest):
+                parent, _, name = str(row.get("file")).partition("/")
+                if parent == series and PICTURE_NAME.fullmatch(name):
+                    pictures.append(self.path / parent / name)
         return pictures + [self.path / name for name in SINGLE_FILES]
 
 

@@ -275,16 +275,18 @@ def test_plans_for_other_prompts_are_refused(model, prompts, tmp_path):
 def test_output_folder_in_use(model, prompts, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
-    (out / "mine.txt").write_text("keep")
-    result = generate(prompts, out, model)
-    assert result.exit_code == 2 and "not empty; --overwrite writes into it" in result.stderr
-    assert generate(prompts, out, model, "--resume").exit_code == 2
     assert generate(prompts, out, model, "--overwrite").exit_code == 0
-    assert (out / "mine.txt").read_text() == "keep"
+    (out / "mine.txt").write_text("keep")
     prompts.write_text("only one\n")
     assert "--resume completes it, --overwrite starts anew" in generate(prompts, out, model).stderr
     assert generate(prompts, out, model, "--overwrite").exit_code == 0
     assert list(pictures(out / "images")) == ["00000-only-one.png"] and (out / "mine.txt").exists()
+    result = generate(prompts, out, model, "--overwrite", "--plan", out / "plan.json")
+    assert result.exit_code == 2 and "--overwrite would remove this file" in result.stderr
+    (out / "report.json").unlink()
+    for option in ("--overwrite", "--resume"):
+        result = generate(prompts, out, model, option)
+        assert result.exit_code == 2 and str(out) in result.stderr and len(pictures(out / "images")) == 1
 
 
 def test_model_folders(prompts, tmp_path):

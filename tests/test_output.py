@@ -159,12 +159,69 @@ def test_looking_changes_nothing(tmp_path):
     assert (tmp_path / "a" / "b").is_dir()
 
 
+def leave_run(folder: Path, *files) -> None:
+    """The report and the manifest of a run that made `files`."""
+    (folder / "report.json").write_text(to_json({"state": "complete", "settings": {"prompts": "x"}}))
+    (folder / "manifest.jsonl").write_text("".join(to_json({"file": file}) + "\n" for file in files))
+
+
+@pytest.mark.parametrize("report", [None, "{", "[]", '{"settings": {"theme": "dark"}}'])
+def test_overwrite_refuses_a_folder_without_a_run(tmp_path, report):
+    for name in ("index.html", "images/00001-a.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    if report is not None:
+        (tmp_path / "report.json").write_text(report)
+    with pytest.raises(InputError, match="no run of sage.*give a new or empty folder") as caught:
+        OutputFolder(tmp_path, overwrite=True)
+    assert str(tmp_path) in str(caught.value)
+    assert (tmp_path / "index.html").exists() and (tmp_path / "images/00001-a.png").exists()
+
+
+def test_overwrite_refuses_to_remove_what_the_run_reads(tmp_path):
+    leave_run(tmp_path)
+    with pytest.raises(InputError, match="manifest.jsonl: --overwrite would remove this file"):
+        OutputFolder(tmp_path, overwrite=True, inputs=["prompts.txt", str(tmp_path / "images" / ".." / "manifest.jsonl")])
+    OutputFolder(tmp_path, overwrite=True, inputs=["-", str(tmp_path / "prompts.txt")])
+
+
+@pytest.mark.parametrize("options", [{"overwrite": True}, {"resume": True}])
+def test_things_in_the_way_are_refused(tmp_path, options):
+    leave_run(tmp_path)
+    (tmp_path / "images").touch()
+    with pytest.raises(InputError, match="images: this is a file where a folder"):
+        OutputFolder(tmp_path, **options)
+    (tmp_path / "images").unlink()
+    (tmp_path / "plan.json").mkdir()
+    with pytest.raises(InputError, match="plan.json: this is a folder where a file"):
+        OutputFolder(tmp_path, **options)
+    (tmp_path / "plan.json").rmdir()
+    (tmp_path / "report.json").unlink()
+    (tmp_path / "report.json").mkdir()
+    with pytest.raises(InputError, match="no run of sage|report.json: this is a folder"):
+        OutputFolder(tmp_path, **options)
+
+
+def test_paths_that_cannot_be_made(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "missing")
+    for path in (tmp_path / "link", tmp_path / "link" / "below"):
+        with pytest.raises(InputError, match="is a link to nothing"):
+            OutputFolder(path)
+    for path in (tmp_path / ("x" * 300), tmp_path / "new" / ("x" * 300)):
+        with pytest.raises(InputError, match="longer than 255 bytes"):
+            OutputFolder(path)
+    with pytest.raises(InputError, match="cannot be the output folder"):
+        OutputFolder(tmp_path.joinpath(*["x" * 200] * 30))
+
+
 def test_overwrite_takes_away_only_its_own_files(tmp_path):
-    own = ["images/00001-a.png", "unshared/00002-b.png", "manifest.jsonl", "index.html"]
-    others = ["images/holiday.png", "images/00001-a.txt", "notes.txt", "images/sub/00003-c.png"]
+    own = ["images/00001-a.png", "unshared/00002-b.png", "index.html"]
+    others = ["images/holiday.png", "images/00001-a.txt", "notes.txt", "images/sub/00003-c.png", "images/00007-mine.png"]
     for name in own + others:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
+    leave_run(tmp_path, "images/00001-a.png", "../images/holiday.png", "notes.txt", None)
+    (tmp_path / "unshared.jsonl").write_text(to_json({"file": "unshared/00002-b.png"}))
     OutputFolder(tmp_path, overwrite=True).prepare()
     assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()) == sorted(others)
 
@@ -176,6 +233,7 @@ def test_overwrite_does_not_follow_a_linked_folder(tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     (out / "images").symlink_to(elsewhere)
+    leave_run(out, "images/00001-a.png")
     OutputFolder(out, overwrite=True).prepare()
     assert (elsewhere / "00001-a.png").exists()
 
