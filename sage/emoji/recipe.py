@@ -47,12 +47,13 @@ class TextRecipe:
 @dataclasses.dataclass(frozen=True)
 class UnetRecipe:
     seed: int = 1
-    steps: int = 3350
+    steps: int = 5600
     focus_from: int = 1750  # up to here every caption is drawn from, then only those of captions.txt
     batch: int = 24
     lr: float = 1e-3
-    # (step, factor on lr), linear in between: warm-up, full rate, a steep descent and a gentler one.
-    lr_knots: tuple[tuple[int, float], ...] = ((0, 0.01), (99, 1.0), (2300, 1.0), (2750, 0.4375), (3350, 0.02))
+    # (step, factor on lr), linear in between: warm-up, full rate, two descents; then up once more and slowly down.
+    lr_knots: tuple[tuple[int, float], ...] = (
+        (0, 0.01), (99, 1.0), (2300, 1.0), (2750, 0.4375), (3350, 0.02), (3450, 0.4), (5600, 0.02))
     caption_drop: float = 0.1  # the share of captions replaced by "", for classifier-free guidance
     channels: tuple[int, ...] = (64, 128)
     head: int = 32
