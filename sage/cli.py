@@ -16,6 +16,7 @@ from sage.prompts import InputError, count, read_prompts
 from sage_kernels.version import __version__
 
 EXIT_INPUT, EXIT_FAILURE, EXIT_INTERRUPTED = 2, 1, 130
+PLOTS = (".png", ".svg", ".pdf")
 
 GROUPING_OPTIONS = (
     click.option("--share", default=0.4, show_default=True, help="Fraction of the calls that a group shares, 0 to 1."),
@@ -107,6 +108,8 @@ def plan(debug, prompts, steps, as_json, out, plot, show_all, model, device, dty
             raise InputError(f"--steps must be at least 1, got {steps}.")
         for file in (out, plot):
             _check_file(file)
+        if plot is not None and Path(plot).suffix.lower() not in PLOTS:
+            raise InputError(f"--plot {plot}: the name must end in one of {', '.join(PLOTS)}.")
         read = read_prompts(prompts)
         check_model(model)
         check_device(device)
@@ -173,9 +176,11 @@ def generate(debug, prompts, share, similarity, max_group_size, images_per_promp
 def saving_sentence(report: dict) -> str:
     """One line on what the run cost and saved."""
     stats, unshared = report["stats"], report.get("unshared_stats") or {}
+    if "nfe" not in stats:
+        return "The pictures with sharing were there already; what they cost is not known."
     text = f"{stats['nfe']:,} denoiser rows instead of {stats['nfe_independent']:,}: {stats['saving']:.1%} saved"
     seconds, planning = stats["seconds"], report["seconds"]["planning"]
-    if not unshared.get("seconds") or stats["kept"] or unshared["kept"]:
+    if not unshared.get("seconds") or stats.get("kept") or unshared.get("kept"):
         return f"{text}; {seconds:.1f} s, {stats['images_per_second']:.2f} pictures/s."
     shared = seconds + planning
     change = f"{1 - shared / unshared['seconds']:.1%} saved" if shared < unshared["seconds"] else "no time saved"

@@ -104,9 +104,11 @@ class Generation:
         self._announce()
         self.report = {"state": "running", "command": command_line(), "settings": self.settings}
         self.report |= {"versions": versions(), "machine": machine(), "started": _now(), "seconds": self.clock}
+        self.report |= {key: former[key] for key in ("stats", "unshared_stats") if key in former}
         if request.compare:
             self._warm_up()
         self.report["stats"] = self._sample("images", self.plan, resumed, former.get("stats"))
+        self._write_report()  # so that a run that is stopped in its second half keeps what the first cost
         if request.compare:
             alone = SharingPlan.independent(self.plan.leaves)
             self.report["unshared_stats"] = self._sample("unshared", alone, resumed, former.get("unshared_stats"))
@@ -121,7 +123,8 @@ class Generation:
         else:
             plan, cosines = make_plan(self.prompts, self.request.grouping, self.pipe)
         if resumed:
-            plan = load_plan(str(self.folder.path / "plan.json"), plan.leaves)
+            saved = str(self.folder.path / "plan.json")
+            plan = load_plan(saved, plan.leaves, f"--resume: the run's own plan {saved}")
         return seeded(plan, self.request.seed, self.prompts.seeds, self.images), cosines
 
     def _settings(self) -> dict:
@@ -146,10 +149,17 @@ class Generation:
         groups = sum(len(root.members) > 1 for root in self.plan.roots)
         alone = sum(len(root.members) == 1 for root in self.plan.roots)
         cost = self.plan.cost(self.settings["steps"])
-        self.say(
-            f"{count(len(self.plan.leaves), 'picture')}: {count(groups, 'group')}, {alone} alone; "
-            f"{cost.nfe:,} denoiser rows instead of {cost.nfe_independent:,} ({cost.saving:.1%} saved)."
-        )
+        rows = f"{cost.nfe:,} denoiser rows instead of {cost.nfe_independent:,} ({cost.saving:.1%} saved)"
+        if not self._one_call_per_step():
+            rows = f"about {cost.saving:.0%} of the denoiser rows saved"
+        self.say(f"{count(len(self.plan.leaves), 'picture')}: {count(groups, 'group')}, {alone} alone; {rows}.")
+
+    def _one_call_per_step(self) -> bool:
+        """Whether the denoiser calls are as many as the steps: not with two stages a step, nor with PNDM's extra ones."""
+        if self.request.solver is not None:
+            return self.request.solver != "heun"
+        scheduler = self.pipe.scheduler
+        return getattr(scheduler, "order", 1) == 1 and type(scheduler).__name__ != "PNDMScheduler"
 
     def _warm_up(self) -> None:
         """Two steps of one picture that nobody sees, so that neither clock pays for what only the first call costs."""

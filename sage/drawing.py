@@ -1,5 +1,6 @@
 """Sharing plans for the eye: as text, and as a picture of which rows are evaluated at which denoiser call."""
 
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from sage.plan_checks import integer
 
 COLOURS = ("#1f77b4", "#d95f02", "#2ca02c", "#9467bd", "#c0392b", "#8c564b", "#d6589f", "#7f8f1c", "#128c9e")
 ALONE = "#6b7280"
+CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")  # they would steer a terminal
 
 
 def describe(plan: SharingPlan, num_calls: int = 20, max_groups: int | None = None) -> str:
@@ -85,7 +87,7 @@ def _leaf_names(plan: SharingPlan, width: int) -> list[str]:
     images = Counter(leaf.prompt for leaf in plan.leaves)
     names = []
     for leaf in plan.leaves:
-        prompt = " ".join(leaf.prompt.split())
+        prompt = CONTROLS.sub("�", " ".join(leaf.prompt.split()))
         if len(prompt) > width:  # alike prompts may differ at either end
             prompt = f"{prompt[: width * 2 // 3 - 1].rstrip()} … {prompt[-width // 3 + 2 :].lstrip()}"
         notes = [f"image {leaf.image_index}"] if images[leaf.prompt] > 1 or leaf.image_index else []

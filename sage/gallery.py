@@ -47,7 +47,8 @@ def gallery_html(folder: Path) -> str:
     unshared = _pictures(folder, "unshared")
     edge = _thumbnail_edge(len(shared) + len(unshared))
     num_calls = max((row.get("num_calls") or 1 for row in shared.values()), default=1)
-    resolved = plan.resolve(num_calls)
+    boundaries = (report.get("stats") or {}).get("boundaries")
+    resolved = plan.resolve(num_calls, boundaries if boundaries and len(boundaries) == num_calls else None)
     cells = _Cells(folder, shared, unshared, edge)
     title = f"{count(len(shared), 'picture')} with shared denoising"
     groups = [number for number, root in enumerate(plan.roots) if len(root.members) > 1]

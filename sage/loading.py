@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 from pathlib import Path
@@ -61,6 +62,8 @@ def load_model(model: str | None, device: str | None = None, dtype: str | None =
         pipe = load_pipeline()
     else:
         pipe = _from_pretrained(model, dtype)
+        if "prompt" not in inspect.signature(type(pipe).__call__).parameters:
+            raise InputError(f"--model {model}: a {type(pipe).__name__} takes no prompt; give a text-to-image model.")
     return pipe.to(device, dtype)
 
 

@@ -49,6 +49,10 @@ def make_plan(prompts: PromptSet, grouping: Grouping, pipe=None) -> tuple[Sharin
         found = embed_prompts(prompts.prompts, encoder=grouping.encoder, pipe=pipe)
     except (ValueError, TypeError, NotImplementedError, FileNotFoundError) as error:
         raise InputError(f"--encoder {grouping.encoder}: {error}") from error
+    except RuntimeError as error:
+        if not str(error).startswith("embed_prompts:"):  # a failure of torch, not of the encoder that was named
+            raise
+        raise InputError(f"--encoder {grouping.encoder}: {error}") from error
     plan = plan_prompts(
         prompts.prompts,
         found,
@@ -60,20 +64,21 @@ def make_plan(prompts: PromptSet, grouping: Grouping, pipe=None) -> tuple[Sharin
     return plan, trunk_similarities(plan, found.vectors, images)
 
 
-def load_plan(path: str, leaves: Sequence[Leaf]) -> SharingPlan:
-    """Read a plan and refuse it when it is for other pictures than `leaves`."""
+def load_plan(path: str, leaves: Sequence[Leaf], name: str | None = None) -> SharingPlan:
+    """Read a plan and refuse it when it is for other pictures than `leaves`; errors call it `name`."""
+    name = name or f"--plan {path}"
     try:
         plan = SharingPlan.load(path)
     except OSError as error:
-        raise InputError(f"--plan {path}: cannot be read ({error.strerror or error}).") from None
+        raise InputError(f"{name}: cannot be read ({error.strerror or error}).") from None
     except (ValueError, TypeError) as error:
-        raise InputError(f"--plan {path}: {error}") from None
+        raise InputError(f"{name}: {error}") from None
     if len(plan.leaves) != len(leaves):
-        raise InputError(f"--plan {path}: it is for {count(len(plan.leaves), 'picture')}, but {len(leaves)} are asked for.")
+        raise InputError(f"{name}: it is for {count(len(plan.leaves), 'picture')}, but {len(leaves)} are asked for.")
     for number, (planned, asked) in enumerate(zip(plan.leaves, leaves)):
         if planned.prompt != asked.prompt:
             raise InputError(
-                f"--plan {path}: picture {number} is planned for {planned.prompt[:60]!r}, but asked for {asked.prompt[:60]!r}."
+                f"{name}: picture {number} is planned for {planned.prompt[:60]!r}, but asked for {asked.prompt[:60]!r}."
             )
     return plan
 

@@ -10,7 +10,7 @@ import torch
 from click.testing import CliRunner
 from PIL import Image
 
-from sage.cli import cli
+from sage.cli import cli, saving_sentence
 from sage.embed import Embeddings
 from sage.output import read_manifest
 from sage.plan import SharingPlan
@@ -192,6 +192,57 @@ def test_an_interrupted_run_keeps_what_is_finished(model, prompts, tmp_path, mon
     assert len(pictures(out / "images")) == 5
 
 
+def test_a_compared_run_stopped_in_its_second_half_keeps_the_first(model, prompts, tmp_path, monkeypatch):
+    from sage.output import PictureSeries
+
+    add = PictureSeries.add
+
+    def add_shared(self, *pack):
+        if self.folder == "unshared":
+            raise KeyboardInterrupt
+        add(self, *pack)
+
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(PictureSeries, "add", add_shared)
+        assert generate(prompts, out, model, "--compare", "--solver", "heun").exit_code == 130
+    stats = json.loads((out / "report.json").read_text())["stats"]
+    result = generate(prompts, out, model, "--compare", "--solver", "heun", "--resume")
+    assert result.exit_code == 0, result.output
+    assert "about" in result.stderr and "rows instead of" not in result.stderr  # calls are not steps with Heun
+    assert f"{stats['nfe']} denoiser rows instead of" in result.stdout
+    assert json.loads((out / "report.json").read_text())["stats"] == stats
+    (out / "plan.json").write_text("{")
+    result = generate(prompts, out, model, "--compare", "--solver", "heun", "--resume")
+    assert result.exit_code == 2 and "plan.json" in result.stderr and "--plan" not in result.stderr
+
+
+def test_the_last_sentence_needs_no_stats_of_either_half():
+    missing, done = {"pictures": 0, "kept": 5}, {"seconds": 2.0, "pictures": 5, "kept": 0}
+    assert "not known" in saving_sentence({"stats": missing, "unshared_stats": done, "seconds": {"planning": 1.0}})
+    stats = {"nfe": 5, "nfe_independent": 10, "saving": 0.5, "images_per_second": 1.0, **done}
+    assert "50.0% saved" in saving_sentence({"stats": stats, "unshared_stats": missing, "seconds": {"planning": 1.0}})
+
+
+def test_a_model_without_prompts_is_refused(prompts, tmp_path):
+    from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+
+    unet = UNet2DModel(8, 3, 3, block_out_channels=(8, 8), norm_num_groups=4, layers_per_block=1,
+                       down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2)  # fmt: skip
+    DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path / "model")
+    result = generate(prompts, tmp_path / "out", tmp_path / "model")
+    assert result.exit_code == 2 and "a DDPMPipeline takes no prompt" in result.stderr
+
+
+def test_an_encoder_that_cannot_be_loaded_is_an_input_error(prompts, monkeypatch):
+    def fail(*args, **options):
+        raise RuntimeError("embed_prompts: cannot load encoder 'x'")
+
+    monkeypatch.setattr("sage.embed.embed_prompts", fail)
+    result = sage("plan", prompts, "--encoder", "x")
+    assert result.exit_code == 2 and "--encoder x: embed_prompts: cannot load" in result.stderr
+
+
 def test_seeds_and_negatives_from_jsonl(model, tmp_path):
     source = tmp_path / "prompts.jsonl"
     source.write_text('{"prompt": "a red cat", "seed": 11, "negative_prompt": "dark"}\n{"prompt": "a red car", "seed": 2}\n')
@@ -325,6 +376,12 @@ def test_plan_from_standard_input():
 def test_plan_files_need_their_folder(prompts, tmp_path):
     result = sage("plan", prompts, "--out", tmp_path / "missing" / "plan.json")
     assert result.exit_code == 2 and "does not exist" in result.stderr
+
+
+def test_a_plot_of_unknown_kind_is_refused_before_anything_is_written(prompts, tmp_path):
+    result = sage("plan", prompts, "--out", tmp_path / "p.json", "--plot", tmp_path / "x.txt")
+    assert result.exit_code == 2 and "must end in one of .png, .svg, .pdf" in result.stderr
+    assert not (tmp_path / "p.json").exists()
 
 
 def test_info():

@@ -114,6 +114,15 @@ def test_a_resumed_run_shows_the_whole_plan(tmp_path):
     assert "52 instead of 60" in "".join(Page(gallery_html(tmp_path)).text)
 
 
+def test_branches_are_drawn_where_the_solver_allowed_them(tmp_path):
+    stages = [call % 2 == 0 for call in range(CALLS)]  # half-steps: a group may part after calls 0, 2, 4 …
+    resolved = flat().resolve(CALLS, stages)
+    stats = {"pictures": 6, "kept": 0, "nfe": resolved.nfe, "nfe_independent": 60, "rows": resolved.rows}
+    make_run(tmp_path, flat(), report={"stats": {**stats, "boundaries": stages}})
+    assert f"branched after call {resolved.branch_call(0)} of 10" in gallery_html(tmp_path)
+    assert resolved.branch_call(0) != 4
+
+
 @pytest.mark.parametrize(
     "plan",
     [

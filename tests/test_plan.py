@@ -14,6 +14,12 @@ LEAVES = tuple(Leaf(prompt) for prompt in ("fox", "wolf", "dog", "cat", "boat"))
 SINGLES = tuple(map(Node.single, range(5)))
 
 
+def test_control_characters_do_not_reach_the_terminal():
+    text = SharingPlan.independent([Leaf("a \x1b[31mred\x9b fox\x07 \u202eback")]).describe()
+    assert "a �[31mred� fox� �back" in text
+    assert not [letter for letter in text if letter in "\x1b\x9b\x07\u202e"]
+
+
 def random_node(rng: random.Random, members: list[int], above: float) -> Node:
     """A random tree over members; shares are often equal to simple fractions, where rounding matters."""
     if len(members) == 1:
