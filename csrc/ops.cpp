@@ -69,7 +69,7 @@ class Memory {
   struct Span {
     const char *name, *first, *last;
   };
-  Span taken_[16];
+  Span taken_[22];  // 18 inputs, 4 outputs
   int count_ = 0;
 };
 
@@ -176,6 +176,16 @@ void branch_step(Tensor sample, Tensor model_output, Tensor table, Tensor step, 
     }
   }
   check_needs(args);
+
+  memory.input("table", table, sizeof(Row));
+  const auto given = [](const MaybeTensor& t) { return t ? &*t : nullptr; };
+  const std::pair<const char*, const Tensor*> vectors[] = {
+      {"step", &step}, {"parent", &parent}, {"guidance", given(guidance)}, {"seed", given(seed)}, {"call", given(call)},
+      {"noise_index", given(noise_index)}, {kHistoryParent[0], given(m1_parent)}, {kHistoryParent[1], given(m2_parent)},
+      {kHistoryParent[2], given(m3_parent)}};
+  for (const auto& [name, t] : vectors) {
+    if (t) memory.input(name, *t, static_cast<int64_t>(t->element_size()));
+  }
 
   args.next = memory.output("out.sample", next_sample, state, sample, rows, state_bytes);
   args.denoised = memory.output("out.denoised", denoised, state, sample, rows, state_bytes);

@@ -100,10 +100,15 @@ def check_flags(history, history_parent, out, want_corrected, model_input):
             raise ValueError(f"branch_step: out.{name} is {'a tensor' if present else 'None'} but {asked}; make them agree")
 
 
-def check_gradient(sample, model_output):
-    """Refuse rather than return a result whose gradient is silently missing."""
-    if torch.is_grad_enabled() and (getattr(sample, "requires_grad", False) or getattr(model_output, "requires_grad", False)):
-        raise NotImplementedError("branch_step: there is no gradient; call it under torch.no_grad(), or detach its inputs")
+def check_gradient(inputs):
+    """Refuse rather than return a result whose gradient is silently missing. All inputs, in the order of INPUTS."""
+    if not torch.is_grad_enabled():
+        return
+    for name, value in zip(INPUTS, inputs):
+        if getattr(value, "requires_grad", False):
+            raise NotImplementedError(
+                f"branch_step: there is no gradient and {name} requires one; call it under torch.no_grad(), or detach {name}"
+            )
 
 
 def check_inputs(inputs, history, history_parent):

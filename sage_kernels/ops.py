@@ -154,13 +154,13 @@ def branch_step(
     """
     name = backends.resolve(backend, getattr(sample, "device", "cpu"))
     arguments.check_flags(history, history_parent, out, want_corrected, model_input)
-    arguments.check_gradient(sample, model_output)
     m1, m2, m3 = (*history, None, None, None)[:3]
     i1, i2, i3 = (None, None, None) if history_parent is None else (*history_parent, None, None, None)[:3]
     inputs = (
         sample, model_output, table, step, parent, uncond_output, guidance, m1, m2, m3, i1, i2, i3, last_sample,
         noise, noise_index, seed, call,
     )  # fmt: skip
+    arguments.check_gradient(inputs)
     op, refusal = _op(_BRANCH_STEP_OPS, backend), None
     if name != "reference" and not torch.compiler.is_compiling():
         try:  # the native op checks its arguments itself; a refusal is explained below

@@ -1,5 +1,7 @@
 """branch_step against its specification: by bits, on every backend, and the specification against float64."""
 
+import re
+
 import hypothesis
 import pytest
 import torch
@@ -334,7 +336,7 @@ BAD = {
     "out layout": (lambda a: a.update(out_of(a, sample=lambda t: t.t().contiguous().t())), ValueError, "out.sample must be contiguous"),
     "out shared": (lambda a: a.update(out_of(a, denoised=lambda t: a["noise"])), ValueError, "out.denoised overlaps noise"),
     "out twice": (lambda a: a.update(same_outputs(a)), ValueError, "out.denoised overlaps out.sample"),
-    "gradient": (changed("sample", lambda t: t.requires_grad_()), NotImplementedError, "no gradient; call it under torch.no_grad"),
+    "gradient": (changed("sample", lambda t: t.requires_grad_()), NotImplementedError, "no gradient and sample requires one; call it under torch.no_grad"),
     "backend": (lambda a: a.update(backend="gpu"), ValueError, "backend must be one of auto, reference, cpu, .*got 'gpu'"),
 }  # fmt: skip
 
@@ -347,6 +349,52 @@ def test_bad_arguments_are_explained(name):
         change(arguments)
         with pytest.raises(error, match=message):
             sage_kernels.branch_step(**arguments)
+
+
+def over(value, rows, elements):
+    """A copy of `value`, and a float32 output [rows, elements] which starts in the same memory."""
+    size = value.numel() * value.element_size()
+    memory = torch.zeros(max(size, 4 * rows * elements), dtype=torch.uint8)
+    copy = memory[:size].view(value.dtype).view(value.shape).copy_(value)
+    return copy, memory[: 4 * rows * elements].view(torch.float32).view(rows, elements)
+
+
+OVERLAPPED = {
+    name: (names, i)
+    for names in ("sample", "model_output", "table", "step", "parent", "uncond_output", "guidance", "history", "history_parent",
+                  "last_sample", "noise", "noise_index", "seed", "call")
+    for i, name in enumerate([f"{names}[{k}]" for k in range(3)] if names.startswith("history") else [names])
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OVERLAPPED)
+def test_an_output_over_any_input_is_refused(name):
+    key, place = OVERLAPPED[name]
+    arguments = good_arguments()
+    if name == "noise_index":
+        arguments["noise_index"] = torch.arange(4, dtype=torch.int32)
+    if name in ("seed", "call"):
+        arguments |= {"noise": None, "seed": torch.arange(4), "call": torch.arange(4, dtype=torch.int32)}
+    value = arguments[key][place] if key.startswith("history") else arguments[key]
+    copy, output = over(value, 4, 6)
+    arguments[key] = tuple(copy if i == place else t for i, t in enumerate(arguments[key])) if key.startswith("history") else copy
+    for backend in ("auto", "reference"):
+        for field in ("sample", "denoised"):
+            out = sage_kernels.BranchStepOut(torch.empty(4, 6), torch.empty(4, 6), None, None)._replace(**{field: output})
+            with pytest.raises(ValueError, match=re.escape(f"out.{field} overlaps {name};")):
+                sage_kernels.branch_step(**arguments, out=out, backend=backend)
+    assert torch.equal(copy, value)
+
+
+@pytest.mark.parametrize("name", ["model_output", "table", "uncond_output", "guidance", "history", "last_sample", "noise"])
+def test_no_gradient_goes_missing(name):
+    arguments = good_arguments()
+    value = arguments[name]
+    (value[1] if name == "history" else value).requires_grad_()
+    with pytest.raises(NotImplementedError, match=f"no gradient and {name}.* requires one"):
+        sage_kernels.branch_step(**arguments)
+    with torch.no_grad():
+        assert not sage_kernels.branch_step(**arguments).sample.requires_grad
 
 
 def native_arguments():
