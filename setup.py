@@ -1,7 +1,7 @@
 """Builds the native kernels, sage_kernels._C; everything else about the package is in pyproject.toml.
 
-SAGE_BUILD=auto   (default) native kernels if torch's headers and a C++ compiler are there, else a pure-Python package
-                  which works and says at first use what is missing and how to get it
+SAGE_BUILD=auto   (default) native kernels on Linux x86-64 if torch's headers and a C++ compiler are there, else a
+                  pure-Python package which works and says at first use what is missing and how to get it
 SAGE_BUILD=cpu    C++ kernels, or fail
 SAGE_BUILD=cuda   C++ and CUDA kernels, or fail
 SAGE_BUILD=none   pure Python
@@ -31,6 +31,7 @@ MODES = ("auto", "cpu", "cuda", "none")
 MODE = os.environ.get("SAGE_BUILD", "auto")
 REINSTALL = "pip install --no-build-isolation --force-reinstall --no-deps ."
 OLDEST_TORCH = (2, 10)
+TESTED = "linux-x86_64"  # where "auto" builds native kernels
 SOURCES = ["csrc/ops.cpp", "csrc/cpu/branch_step_cpu.cpp"]
 CUDA_SOURCES = sorted(glob.glob("csrc/cuda/*.cu", root_dir=HERE))
 # Products and sums are rounded one by one (-ffp-contract=off), so that every backend gives the same bits.
@@ -54,10 +55,14 @@ class Missing(Exception):
 
 def compiler():
     """First line of the C++ compiler's version."""
-    command = (os.environ.get("CXX") or "c++").split()
+    command = os.environ.get("CXX", "").split() or ["c++"]
     if shutil.which(command[0]) is None:
         raise Missing(f"there is no C++ compiler ({command[0]!r} is not on PATH)", f"apt install g++ && {REINSTALL}")
-    return subprocess.run([*command, "--version"], capture_output=True, text=True).stdout.split("\n")[0]
+    run = subprocess.run([*command, "--version"], capture_output=True, text=True)
+    if run.returncode:
+        reason = f"the C++ compiler does not run ({' '.join(command)!r} --version: exit status {run.returncode})"
+        raise Missing(reason, f"apt install g++ && CXX=g++ {REINSTALL}")
+    return run.stdout.split("\n")[0]
 
 
 def import_torch():
@@ -113,6 +118,9 @@ def native_build(record):
     """Arguments of setup() that build the extension. Raises Missing."""
     if MODE == "cuda" and not CUDA_SOURCES:
         raise Missing("SAGE_BUILD=cuda, but this version has no CUDA sources (csrc/cuda/*.cu)", f"SAGE_BUILD=cpu {REINSTALL}")
+    if MODE == "auto" and sysconfig.get_platform() != TESTED:
+        reason = f"SAGE_BUILD=auto builds native kernels on {TESTED} only, and this is {sysconfig.get_platform()}"
+        raise Missing(reason, f"SAGE_BUILD=cpu {REINSTALL}")
     version = compiler()
     torch, cpp_extension = import_torch()
     record.facts.update(torch=torch.__version__, compiler=version, native=["cpu"])
@@ -132,7 +140,7 @@ def native_build(record):
                 if MODE != "auto":
                     raise
                 verbose = f"SAGE_BUILD=cpu pip install -v{REINSTALL.removeprefix('pip install')}"
-                record.left_out(f"compiling failed ({type(error).__name__}: {str(error)[:200]})", f"{verbose} shows why")
+                record.left_out(f"compiling failed ({type(error).__name__}: {str(error)[:200]})", verbose)
                 self.extensions = []
 
     extension = cpp_extension.CppExtension(

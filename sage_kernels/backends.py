@@ -40,15 +40,13 @@ def build_info():
 
 def _load():
     """None when the native kernels are loaded, else the reason why not."""
+    info = build_info()
+    if "cpu" not in info["native"]:  # a library of an earlier build may still lie there
+        return info["reason"] or "this installation was built without native kernels"
     try:
         importlib.import_module("sage_kernels._C")
     except ImportError as error:
-        info = build_info()
-        if "cpu" in info["native"]:
-            return (
-                f"sage_kernels._C was built against torch {info['torch']} but does not load with torch {torch.__version__}: {error}"
-            )
-        return info["reason"] or f"sage_kernels._C is missing: {error}"
+        return f"sage_kernels._C was built against torch {info['torch']} but does not load with torch {torch.__version__}: {error}"
     return None
 
 

@@ -71,6 +71,14 @@ def test_build_info_says_what_was_built():
     json.dumps(info)
 
 
+@pytest.mark.parametrize("reason", ["SAGE_BUILD=none was asked for", None])
+def test_a_library_left_by_an_earlier_build_is_not_loaded(monkeypatch, reason):
+    info = backends.build_info() | {"mode": "none", "native": [], "reason": reason}
+    monkeypatch.setattr(backends, "build_info", lambda: info)
+    monkeypatch.setattr(backends.importlib, "import_module", lambda name: pytest.fail(f"loaded {name}"))
+    assert backends._load() == (reason or "this installation was built without native kernels")
+
+
 WITHOUT_NATIVE = """
 import sys, warnings
 sys.modules["sage_kernels._C"] = None

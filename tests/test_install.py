@@ -93,8 +93,26 @@ def test_auto_with_a_failing_compilation_is_pure_python_and_keeps_the_reason(tre
     run = build(tree, "auto")
     assert run.returncode == 0, run.stderr
     facts, names = record(the_wheel(tree / "dist"))
-    assert facts["native"] == [] and facts["reason"].startswith("compiling failed") and "SAGE_BUILD=cpu pip install -v" in facts["mend"]
+    assert facts["native"] == [] and facts["reason"].startswith("compiling failed")
+    assert facts["mend"] == f"SAGE_BUILD=cpu pip install -v{COMMAND.removeprefix('pip install')}"
     assert not [n for n in names if n.endswith(".so")]
+
+
+def test_auto_with_a_compiler_that_does_not_run_is_pure_python(tree):
+    run = build(tree, "auto", CXX="false")
+    assert run.returncode == 0, run.stderr
+    facts, _ = record(the_wheel(tree / "dist"))
+    assert facts["native"] == [] and facts["compiler"] is None
+    assert facts["reason"] == "the C++ compiler does not run ('false' --version: exit status 1)"
+    assert facts["mend"] == f"apt install g++ && CXX=g++ {COMMAND}"
+
+
+def test_auto_on_another_platform_is_pure_python(tree):
+    run = build(tree, "auto", _PYTHON_HOST_PLATFORM="linux-aarch64")
+    assert run.returncode == 0, run.stderr
+    facts, _ = record(the_wheel(tree / "dist"))
+    assert facts["native"] == [] and facts["mend"] == f"SAGE_BUILD=cpu {COMMAND}"
+    assert facts["reason"] == "SAGE_BUILD=auto builds native kernels on linux-x86_64 only, and this is linux-aarch64"
 
 
 @pytest.mark.parametrize(
