@@ -4,7 +4,7 @@
     image = pipe("grinning cat", num_inference_steps=20, guidance_scale=2.5).images[0]
 
 The weights ship with the package; `python -m sage.emoji.build` makes them from the font and the names. Importing this
-module imports neither torch nor diffusers.
+module loads neither diffusers nor transformers.
 """
 
 from pathlib import Path
@@ -58,7 +58,7 @@ def load_pipeline(torch_dtype: "torch.dtype | None" = None) -> "StableDiffusionP
     level = logging.get_verbosity()
     logging.set_verbosity_error()  # it would warn that a BertModel is no CLIPTextModel, which is meant
     try:
-        pipe = StableDiffusionPipeline.from_pretrained(model_path(), local_files_only=True)
+        pipe = StableDiffusionPipeline.from_pretrained(model_path(), local_files_only=True, use_safetensors=True)
     finally:
         logging.set_verbosity(level)
     return pipe if torch_dtype is None else pipe.to(torch_dtype)
@@ -72,5 +72,5 @@ def load_scorer() -> "Scorer":
     from .scorer import Scorer, load_tower
 
     folder = text_encoder_path()
-    encoder = AutoModel.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    encoder = AutoModel.from_pretrained(folder, dtype=torch.float32, local_files_only=True, use_safetensors=True)
     return Scorer(load_tower(scorer_path()), encoder, AutoTokenizer.from_pretrained(folder, local_files_only=True))

@@ -162,9 +162,9 @@ class Build:
         from .scorer import Scorer, load_tower
 
         everything, untoned = self.dataset(), self.dataset().untoned()
-        pipe = StableDiffusionPipeline.from_pretrained(self.out, local_files_only=True)
+        pipe = StableDiffusionPipeline.from_pretrained(self.out, local_files_only=True, use_safetensors=True)
         folder = self.out / "text_encoder"
-        encoder = AutoModel.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+        encoder = AutoModel.from_pretrained(folder, dtype=torch.float32, local_files_only=True, use_safetensors=True)
         scorer = Scorer(load_tower(self.out / "scorer"), encoder, AutoTokenizer.from_pretrained(folder, local_files_only=True))
         count = self.recipes.evaluation_prompts
         figures, pictures = judge.evaluate_generator(pipe, scorer, untoned.focus(), untoned, count)

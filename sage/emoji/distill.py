@@ -44,7 +44,7 @@ def load_teacher(folder: Path | None):
     from transformers import AutoTokenizer, BertModel
 
     folder = folder or teacher_folder()
-    teacher = BertModel.from_pretrained(folder, local_files_only=True).eval().requires_grad_(False)
+    teacher = BertModel.from_pretrained(folder, local_files_only=True, use_safetensors=True).eval().requires_grad_(False)
     return AutoTokenizer.from_pretrained(folder, local_files_only=True), teacher
 
 
