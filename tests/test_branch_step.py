@@ -60,6 +60,15 @@ def test_every_value_of_a_small_dtype_is_read_and_rounded_alike(isa, dtypes):
         assert_equals_reference((x, y, table_row(q=scale, b0=1.0), zero, zero), {}, model_input="single")
 
 
+@pytest.mark.parametrize("corrected", [False, True])
+def test_zeros_infinities_and_subnormals_keep_their_bits(isa, corrected):
+    special = torch.tensor([0.0, -0.0, 1e-45, -1e-40, 1.0, -1.0, 3e38, float("inf"), -float("inf"), float("nan")])
+    x, y = (t.flatten()[None].contiguous() for t in torch.meshgrid(special, special, indexing="ij"))
+    zero = torch.zeros(1, dtype=torch.int32)
+    for row in (table_row(p=1.0, q=1.0, a=1.0, b0=-1.0), table_row(p=1.0, a=-1.0, s=-1.0), table_row(q=-0.5, b0=2.0, a=0.5, clip=1.0)):
+        assert_equals_reference((x, y, row, zero, zero), {}, want_corrected=corrected, model_input="single")
+
+
 @hypothesis.settings(max_examples=60, deadline=None)
 @hypothesis.given(
     strategies.integers(0, 2**31),

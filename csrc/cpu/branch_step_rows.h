@@ -122,18 +122,24 @@ static void add_up(float* out, const float* const* values, const float* k, int t
   }
 }
 
-// A sum computed in one pass, when all its terms are known.
+// A sum computed in one pass, when all its terms are known. If nobody stores it, 0 + 1 * v may stand for itself: v has the same
+// bits but for the sign of a zero, which no later sum shows.
 struct TileSum {
   float* out;
-  int count, terms;
+  int count;
+  bool stored;
+  int terms = 0;
   const float* values[6];
   float k[6];
+
+  TileSum(float* to, int elements, bool is_stored) : out(to), count(elements), stored(is_stored) {}
 
   SAGE_INLINE void term(float coefficient, const float* value) {
     k[terms] = coefficient;
     values[terms++] = value;
   }
   SAGE_INLINE const float* value() const {
+    if (!stored && terms == 1 && k[0] == 1.0f) return values[0];
     add_up(out, values, k, terms, count);
     return out;
   }
@@ -209,6 +215,9 @@ struct RowData {
   bool state_streamed, input_streamed;  // written past the caches
 };
 
+// Scratch tiles: three sums, then the inputs. Uncond is used up before m1 is read, and L before noise is drawn.
+enum Slot { kSample = kNext + 1, kOutput, kHistory, kLast = kHistory + 3, kSlots, kUncond = kHistory, kDrawn = kLast, kPacked = kLast };
+
 // The machine of `update`: a value is a tile of floats, the input itself if that is float32 and else a widened copy.
 template <class M, class S>
 struct Tile {
@@ -216,7 +225,7 @@ struct Tile {
   const RowData<M, S>& row;
   int64_t begin;
   int count;
-  alignas(64) float scratch[9][kTile];
+  alignas(64) float scratch[kSlots][kTile];
 
   Tile(const RowData<M, S>& data, int64_t at, int64_t end)
       : row(data), begin(at), count(static_cast<int>(end - at < kTile ? end - at : kTile)) {}  // scratch stays unset
@@ -228,21 +237,21 @@ struct Tile {
     return scratch[slot];
   }
 
-  SAGE_INLINE Value sample() { return read(row.sample, 3); }
+  SAGE_INLINE Value sample() { return read(row.sample, kSample); }
   SAGE_INLINE Value output() {
-    const float* const cond = read(row.cond, 4);
+    const float* const cond = read(row.cond, kOutput);
     if (row.uncond == nullptr) return cond;
-    const float* const uncond = read(row.uncond, 5);
-    float* const guided = scratch[4];
+    const float* const uncond = read(row.uncond, kUncond);
+    float* const guided = scratch[kOutput];
     for (int i = 0; i < count; i++) guided[i] = add(mul(row.guidance, sub(cond[i], uncond[i])), uncond[i]);
     return guided;
   }
-  SAGE_INLINE Value history(int i) { return read(row.history[i], 5 + i); }
-  SAGE_INLINE Value last() { return read(row.last, 8); }
+  SAGE_INLINE Value history(int i) { return read(row.history[i], kHistory + i); }
+  SAGE_INLINE Value last() { return read(row.last, kLast); }
   SAGE_INLINE Value noise() {
     if (!row.seeded) return row.noise + begin;
-    draw(row.seed, row.call, 0, begin, count, scratch[8]);
-    return scratch[8];
+    draw(row.seed, row.call, 0, begin, count, scratch[kDrawn]);
+    return scratch[kDrawn];
   }
 
   SAGE_INLINE TileSum sum(Place place) {
@@ -251,7 +260,7 @@ struct Tile {
       if (place == kDenoised && !row.state_streamed) out = row.denoised + begin;
       if (place == kNext && !row.state_streamed) out = row.next + begin;
     }
-    return TileSum{out, count, 0, {}, {}};
+    return TileSum(out, count, place != kCorrected || row.corrected != nullptr);
   }
   SAGE_INLINE Value clamp(Value value, float bound) {
     if (bound == __builtin_inff()) return value;
@@ -277,7 +286,7 @@ struct Tile {
       if (again) memcpy(again + begin, to + begin, bytes);
       return;
     }
-    T* const packed = reinterpret_cast<T*>(scratch[8]);
+    T* const packed = reinterpret_cast<T*>(scratch[kPacked]);
     scale_all(k, value, packed, count);
     stream(to + begin, packed, bytes);
     if (again) stream(again + begin, packed, bytes);
@@ -309,7 +318,6 @@ static void step_row(const BranchStep& args, int64_t row, int64_t begin, int64_t
   data.seeded = args.seed != nullptr;
   if (data.seeded) data.seed = args.seed[row], data.call = args.call[row];
   if (data.uncond) data.guidance = args.guidance[row];
-
   data.state_streamed = args.state_streamed;
   data.input_streamed = args.input_streamed;
 
