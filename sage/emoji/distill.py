@@ -178,7 +178,7 @@ def distill(targets: Targets, vocabulary: list[str], recipe: TextRecipe, teacher
     run = Run(path, "text: distil", recipe, {"model": student}, optimizer, generator, save_every)
     scale = targets.states[:100_000].float().pow(2).mean()
     lengths = targets.pieces.diff()
-    queue: list[torch.Tensor] = []
+    queue: list[torch.Tensor] = []  # not part of a checkpoint: a resumed run begins a new pass over the corpus
     for step in run:
         if not queue:
             queue = _batches(lengths, recipe.batch_tokens, generator)

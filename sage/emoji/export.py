@@ -131,8 +131,10 @@ with pairwise cosine >= 0.6, at most 8), by the scorer. Generator and scorer hav
 
     python -m sage.emoji.build
 
-Seeds: {seeds}. Needs the font, `emoji-test.txt`, WordNet and the teacher; `--help` says where they come from. The
-trainings took {minutes} minutes of wall time together, on whatever that machine had to spare.
+Seeds: {seeds}. Needs the font, `emoji-test.txt`, WordNet and the teacher; `--help` says where they
+come from. The trainings took {minutes} minutes of wall time together on a machine shared with other work. They were
+interrupted and taken up again, with their numbers of steps and learning rates settled on the way; the recipe in the source
+states what was run. A build from scratch repeats the recipe, not the bits.
 """
 
 
@@ -176,5 +178,5 @@ def card(metrics: dict) -> str:
         parts="\n".join(parts), figures="\n".join(f"| {name} | {value} |" for name, value in figures),
         megabytes=f"{metrics['bytes'] / 1e6:.1f}", machine=metrics["machine"], pictures=f"{metrics['pictures']:,}",
         captions=f"{metrics['captions']:,}", focus=drawn["captions"], steps=drawn["steps"], guidance=drawn["guidance"],
-        seeds=", ".join(f"{name} {run['recipe']['seed']}" for name, run in training.items()),
+        seeds=", ".join(f"{name} {run['recipe']['seed']}" for name, run in sorted(training.items())),
         minutes=round(sum(run["seconds"] for run in training.values()) / 60))
