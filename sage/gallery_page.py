@@ -42,7 +42,8 @@ flex:1 1 calc(204px + var(--n)*142px);contain-intrinsic-size:auto none auto 380p
 .row{display:flex;gap:10px}
 figure{margin:0;width:132px;flex:none}
 figure a{display:block;position:relative;text-decoration:none}
-figure img{display:block;width:132px;height:132px;object-fit:contain;border-radius:9px;background:var(--line)}
+figure img{display:block;width:132px;height:132px;object-fit:contain;border-radius:9px;background:var(--line);
+outline:1px solid var(--line);outline-offset:-1px}
 figure a+a{margin-top:6px}
 figure a span{position:absolute;right:6px;top:6px;font-size:10.5px;line-height:1;padding:3px 6px;border-radius:6px;
 color:#fff;background:var(--bark)}
