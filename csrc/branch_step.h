@@ -45,7 +45,6 @@ struct BranchStep {
   int32_t copies;                  // 0, 1 or 2
   int64_t rows, elements;          // R_out, D
   DType state, model;
-  bool state_streamed, input_streamed;  // write these outputs past the caches
 };
 
 struct Normals {

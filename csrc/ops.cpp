@@ -15,10 +15,6 @@ namespace sage {
 namespace {
 
 constexpr const char* kStep = "branch_step";
-// Writing past the caches saves reading each line first. x', m0 and xc are read again only after a whole denoiser call, which
-// has emptied the caches by then: they go past as soon as the outputs outgrow a second-level cache. The model input is what
-// that call reads first: it goes past only if it would not be found in the last cache either.
-constexpr int64_t kStateStreamed = 4 << 20, kInputStreamed = 16 << 20;
 constexpr int64_t kSerialChunks = 8;  // a thread gets at least this many chunks of kChunk elements
 
 DType dtype_of(const char* name, const Tensor& t) {
@@ -195,9 +191,6 @@ void branch_step(Tensor sample, Tensor model_output, Tensor table, Tensor step, 
     args.model_input = memory.output("out.model_input", *model_input, model, sample, args.copies * rows, model_bytes);
   }
 
-  const int64_t written = rows * (state_bytes * (corrected ? 3 : 2) + model_bytes * args.copies);
-  args.state_streamed = written >= kStateStreamed;
-  args.input_streamed = written >= kInputStreamed;
   const int64_t chunks = (args.elements + kChunk - 1) / kChunk;
   torch::stable::parallel_for(0, chunks * rows, kSerialChunks, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; i++) {

@@ -77,21 +77,6 @@ static void scale_all(float k, const float* from, float* to, int count) {
   for (int i = 0; i < count; i++) to[i] = mul(k, from[i]);
 }
 
-// Copies past the caches: writing a whole line without reading it first saves a third of the traffic.
-static void stream(void* to, const void* from, int64_t bytes) {
-#ifdef SAGE_X86_COPIES
-  if (reinterpret_cast<uintptr_t>(to) % 16 == 0) {
-    const int64_t blocks = bytes / 16;
-    __m128i* const out = static_cast<__m128i*>(to);
-    const __m128i* const in = static_cast<const __m128i*>(from);
-    for (int64_t i = 0; i < blocks; i++) _mm_stream_si128(out + i, _mm_loadu_si128(in + i));
-    memcpy(out + blocks, in + blocks, bytes - 16 * blocks);
-    return;
-  }
-#endif
-  memcpy(to, from, bytes);
-}
-
 template <int kTerms>
 static void add_up(float* __restrict out, const float* const* values, const float* k, int count) {
   constexpr int kLast = kTerms - 1;
@@ -212,11 +197,10 @@ struct RowData {
   uint32_t call;
   bool seeded;
   float guidance;
-  bool state_streamed, input_streamed;  // written past the caches
 };
 
 // Scratch tiles: three sums, then the inputs. Uncond is used up before m1 is read, and L before noise is drawn.
-enum Slot { kSample = kNext + 1, kOutput, kHistory, kLast = kHistory + 3, kSlots, kUncond = kHistory, kDrawn = kLast, kPacked = kLast };
+enum Slot { kSample = kNext + 1, kOutput, kHistory, kLast = kHistory + 3, kSlots, kUncond = kHistory, kDrawn = kLast };
 
 // The machine of `update`: a value is a tile of floats, the input itself if that is float32 and else a widened copy.
 template <class M, class S>
@@ -257,8 +241,8 @@ struct Tile {
   SAGE_INLINE TileSum sum(Place place) {
     float* out = scratch[place];
     if constexpr (sizeof(S) == sizeof(float)) {  // a float32 state is computed where it is stored
-      if (place == kDenoised && !row.state_streamed) out = row.denoised + begin;
-      if (place == kNext && !row.state_streamed) out = row.next + begin;
+      if (place == kDenoised) out = row.denoised + begin;
+      if (place == kNext) out = row.next + begin;
     }
     return TileSum(out, count, place != kCorrected || row.corrected != nullptr);
   }
@@ -272,24 +256,15 @@ struct Tile {
     return kept;
   }
   SAGE_INLINE void put(Value denoised, Value corrected, Value next, float s) {
-    store<S>(1.0f, denoised, row.denoised, nullptr, row.state_streamed);
-    store<S>(1.0f, corrected, row.corrected, nullptr, row.state_streamed);
-    store<S>(1.0f, next, row.next, nullptr, row.state_streamed);
-    store(s, next, row.model_input, row.model_input_again, row.input_streamed);
+    store(1.0f, denoised, row.denoised);
+    store(1.0f, corrected, row.corrected);
+    store(1.0f, next, row.next);
+    store(s, next, row.model_input);
+    if (row.model_input_again) memcpy(row.model_input_again + begin, row.model_input + begin, count * sizeof(M));
   }
   template <class T>
-  SAGE_INLINE void store(float k, Value value, T* to, T* again, bool streamed) {
-    if (to == nullptr) return;
-    const int64_t bytes = count * sizeof(T);
-    if (!streamed) {
-      scale_all(k, value, to + begin, count);
-      if (again) memcpy(again + begin, to + begin, bytes);
-      return;
-    }
-    T* const packed = reinterpret_cast<T*>(scratch[kPacked]);
-    scale_all(k, value, packed, count);
-    stream(to + begin, packed, bytes);
-    if (again) stream(again + begin, packed, bytes);
+  SAGE_INLINE void store(float k, Value value, T* to) {
+    if (to) scale_all(k, value, to + begin, count);
   }
 };
 
@@ -318,17 +293,12 @@ static void step_row(const BranchStep& args, int64_t row, int64_t begin, int64_t
   data.seeded = args.seed != nullptr;
   if (data.seeded) data.seed = args.seed[row], data.call = args.call[row];
   if (data.uncond) data.guidance = args.guidance[row];
-  data.state_streamed = args.state_streamed;
-  data.input_streamed = args.input_streamed;
 
   const Row k = args.table[args.step[row]];
   for (int64_t at = begin; at < end; at += kTile) {
     Tile<M, S> tile(data, at, end);
     update(k, tile);
   }
-#ifdef SAGE_X86_COPIES
-  if (args.state_streamed || args.input_streamed) _mm_sfence();
-#endif
 }
 
 static void branch_step(const BranchStep& args, int64_t row, int64_t begin, int64_t end) {

@@ -74,7 +74,6 @@ void run_case(int64_t elements) {
   if (between(0, 1)) args.corrected = buffer(memory, rows * elements * state_bytes);
   args.copies = static_cast<int32_t>(between(0, 2));
   if (args.copies) args.model_input = buffer(memory, args.copies * rows * elements * model_bytes);
-  args.state_streamed = between(0, 1), args.input_streamed = between(0, 1);
 
   std::vector<float> normals(rows * elements);
   const Normals draws{seed.data(), call.data(), 3, normals.data(), rows, elements};
