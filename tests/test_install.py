@@ -14,7 +14,8 @@ import pytest
 import sage_kernels
 
 ROOT = Path(__file__).resolve().parent.parent
-LEFT_OUT = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "*.so", "_build_info.json", "__pycache__", "*out*", "tests", "weights")
+MADE = ("build", "dist", "*.egg-info", "*.so", "_build_info.json", "__pycache__", "*out")
+LEFT_OUT = shutil.ignore_patterns(".*", *MADE, "tests", "weights")
 COMMAND = "pip install --no-build-isolation --force-reinstall --no-deps ."
 
 
