@@ -35,7 +35,12 @@ def _block(name: str, root: Path) -> str:
     data = json.loads(path.read_text(encoding="utf-8"))
     if "table" not in data:
         raise ValueError(f'{path}: wanted a key "table" with "columns" and "rows", got {", ".join(data)}')
-    return f"{markdown_table(**data['table'])}\n\nFrom [`{name}.json`]({RESULTS}/{name}.json)."
+    source = f"From [`{name}.json`]({RESULTS}/{name}.json)"
+    ran = data.get("environment")
+    if ran is not None:
+        threads = "one thread" if ran["threads"] == 1 else f"{ran['threads']} threads"
+        source += f": `{ran['command']}`, {threads} of an {ran['processor']}, torch {ran['packages']['torch']}"
+    return f"{markdown_table(**data['table'])}\n\n{source}."
 
 
 def markdown_table(columns: list[str], rows: list[list], formats: list[str | None] | None = None) -> str:
