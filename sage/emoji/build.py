@@ -24,10 +24,8 @@ Examples:
 """
 
 import argparse
-import dataclasses
 import json
 import os
-import shutil
 from pathlib import Path
 
 from . import corpus, data, recipe

@@ -9,7 +9,6 @@ Both tokenizers split text into the same words but not words into the same piece
 means over words.
 """
 
-import dataclasses
 from pathlib import Path
 
 import numpy as np
