@@ -1,10 +1,13 @@
 """Builds the native kernels, sage_kernels._C; everything else about the package is in pyproject.toml.
 
-SAGE_BUILD=auto   (default) native kernels on Linux x86-64 if torch's headers and a C++ compiler are there, else a
-                  pure-Python package which works and says at first use what is missing and how to get it
+SAGE_BUILD=auto   (default) C++ kernels on Linux x86-64 if torch's headers and a C++ compiler are there, else a pure-Python
+                  package which works and says at first use what is missing and how to get it; CUDA kernels too if torch is
+                  built for CUDA and nvcc is there
 SAGE_BUILD=cpu    C++ kernels, or fail
-SAGE_BUILD=cuda   C++ and CUDA kernels, or fail
+SAGE_BUILD=cuda   C++ and CUDA kernels, or fail; needs nvcc but neither a GPU nor a torch built for CUDA
 SAGE_BUILD=none   pure Python
+CXX, CUDACXX      the compilers, c++ and nvcc unless set
+SAGE_CUDA_ARCHS   GPU architectures, "80;90;100;120" unless set; newer ones run from the PTX of the first
 
 What was built, or why not, is recorded in sage_kernels/_build_info.json.
 
@@ -32,13 +35,18 @@ MODE = os.environ.get("SAGE_BUILD", "auto")
 REINSTALL = "pip install --no-build-isolation --force-reinstall --no-deps ."
 OLDEST_TORCH = (2, 10)
 TESTED = "linux-x86_64"  # where "auto" builds native kernels
-SOURCES = ["csrc/ops.cpp", "csrc/cpu/branch_step_cpu.cpp"]
+SOURCES = sorted(glob.glob("csrc/*.cpp", root_dir=HERE)) + ["csrc/cpu/kernels_cpu.cpp"]
 CUDA_SOURCES = sorted(glob.glob("csrc/cuda/*.cu", root_dir=HERE))
+HEADERS = sorted(f for kind in ("h", "cuh") for f in glob.glob(f"csrc/**/*.{kind}", root_dir=HERE, recursive=True))
+ARCHS = os.environ.get("SAGE_CUDA_ARCHS", "80;90;100;120").split(";")
 # Products and sums are rounded one by one (-ffp-contract=off), so that every backend gives the same bits.
 COMPILE = [
     "-O3", "-std=c++17", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden", "-g0", "-Wall",
     "-Wno-psabi", "-Wno-unknown-pragmas", "-Wno-maybe-uninitialized", "-DTORCH_TARGET_VERSION=0x020a000000000000",
 ]  # fmt: skip
+# The .cu files know no torch: nvcc compiles them to objects, and a static runtime makes a library that loads without CUDA.
+NVCC = ["-O3", "-std=c++17", "-fmad=false", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+CUDART = ["cudart_static", "dl", "rt", "pthread"]
 
 
 def say(message):
@@ -63,6 +71,50 @@ def compiler():
         reason = f"the C++ compiler does not run ({' '.join(command)!r} --version: exit status {run.returncode})"
         raise Missing(reason, f"apt install g++ && CXX=g++ {REINSTALL}")
     return run.stdout.split("\n")[0]
+
+
+def nvcc():
+    """(path of nvcc, its release, the folder of its runtime library)."""
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    wanted = os.environ.get("CUDACXX") or "nvcc"
+    at_home = os.path.join(CUDA_HOME or "", "bin", "nvcc")
+    path = shutil.which(wanted) or (at_home if wanted == "nvcc" and os.path.exists(at_home) else None)
+    if path is None:
+        reason = f"there is no CUDA compiler ({wanted!r} is not on PATH)"
+        raise Missing(reason, f"install the CUDA toolkit, then SAGE_BUILD=cuda {REINSTALL}")
+    version = subprocess.run([path, "--version"], capture_output=True, text=True).stdout
+    release = re.search(r"release ([\d.]+)", version)
+    dry = subprocess.run([path, "--dryrun", "-c", "-x", "cu", os.devnull, "-o", os.devnull], capture_output=True, text=True).stderr
+    folders = re.findall(r"-L([^\"\s]+)", dry)
+    folder = next((f for f in folders if os.path.exists(os.path.join(f, "libcudart_static.a"))), None)
+    if release is None or folder is None:
+        raise Missing(f"{path} does not run or lacks libcudart_static.a", f"install the whole CUDA toolkit, then SAGE_BUILD=cuda {REINSTALL}")
+    if not all(arch.isdigit() for arch in ARCHS):
+        raise Missing(f"SAGE_CUDA_ARCHS must be numbers like 80;90, got {';'.join(ARCHS)!r}", f"SAGE_CUDA_ARCHS='80;90' {REINSTALL}")
+    return path, release[1], os.path.normpath(folder)
+
+
+def compile_cuda(path, folder):
+    """Objects of all CUDA sources, made again only where a source, a header or a flag is newer."""
+    codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHS]
+    codes.append(f"-gencode=arch=compute_{ARCHS[0]},code=compute_{ARCHS[0]}")
+    command = [path, *NVCC, f"--threads={min(len(ARCHS), os.cpu_count() or 1)}", *codes]
+    os.makedirs(folder, exist_ok=True)
+    stamp = os.path.join(folder, "nvcc.txt")
+    same = os.path.exists(stamp) and open(stamp).read() == " ".join(command)
+    newest = max(os.path.getmtime(os.path.join(HERE, f)) for f in (*HEADERS, "setup.py"))
+    objects = []
+    for source in CUDA_SOURCES:
+        made = os.path.join(folder, os.path.basename(source) + ".o")
+        objects.append(made)
+        changed = max(newest, os.path.getmtime(os.path.join(HERE, source)))
+        if not (same and os.path.exists(made) and os.path.getmtime(made) > changed):
+            say(f"nvcc {source} for {', '.join(f'sm_{a}' for a in ARCHS)}")
+            subprocess.run([*command, "-c", os.path.join(HERE, source), "-o", made], check=True)
+    with open(stamp, "w") as file:
+        file.write(" ".join(command))
+    return objects
 
 
 def import_torch():
@@ -92,12 +144,16 @@ class Record:
             "mend": None,
             "torch": None,
             "compiler": None,
+            "flags": None,
+            "nvcc": None,
+            "cuda_archs": [],
+            "cuda_reason": "no native kernels were built",
             "version": runpy.run_path(os.path.join(HERE, "sage_kernels", "version.py"))["__version__"],
         }
 
     def left_out(self, reason, mend):
         say(f"no native kernels: {reason}. The package works without, slower. To get them: {mend}")
-        self.facts.update(native=[], reason=reason, mend=mend)
+        self.facts.update(native=[], reason=reason, mend=mend, cuda_archs=[], cuda_reason="no native kernels were built")
 
     def write(self, folder):
         os.makedirs(folder, exist_ok=True)
@@ -114,16 +170,33 @@ class BuildPurePython(build_py):
         RECORD.write(os.path.join(HERE if inside_tree else self.build_lib, "sage_kernels"))
 
 
+def find_cuda(torch, record):
+    """What `nvcc` returns if CUDA kernels are to be built, else None; the record keeps the reason."""
+    reason = "SAGE_BUILD=cpu was asked for" if MODE == "cpu" else None
+    if MODE == "auto" and torch.version.cuda is None:
+        reason = f"torch {torch.__version__} is built without CUDA"
+    try:
+        cuda = nvcc() if reason is None else None
+    except Missing as missing:
+        if MODE == "cuda":
+            raise
+        cuda, reason = None, missing.reason
+    record.facts["cuda_reason"] = reason
+    if cuda:
+        record.facts.update(nvcc=cuda[1], cuda_archs=ARCHS)
+    return cuda
+
+
 def native_build(record):
     """Arguments of setup() that build the extension. Raises Missing."""
-    if MODE == "cuda" and not CUDA_SOURCES:
-        raise Missing("SAGE_BUILD=cuda, but this version has no CUDA sources (csrc/cuda/*.cu)", f"SAGE_BUILD=cpu {REINSTALL}")
     if MODE == "auto" and sysconfig.get_platform() != TESTED:
         reason = f"SAGE_BUILD=auto builds native kernels on {TESTED} only, and this is {sysconfig.get_platform()}"
         raise Missing(reason, f"SAGE_BUILD=cpu {REINSTALL}")
     version = compiler()
     torch, cpp_extension = import_torch()
-    record.facts.update(torch=torch.__version__, compiler=version, native=["cpu"])
+    cuda = find_cuda(torch, record)
+    macros = COMPILE + (["-DSAGE_CUDA"] if cuda else [])
+    record.facts.update(torch=torch.__version__, compiler=version, flags=" ".join(macros), native=["cpu"] + ["cuda"] * bool(cuda))
 
     class BuildNative(cpp_extension.BuildExtension):
         """Compiles with ninja; in auto mode a failure leaves a pure-Python package behind."""
@@ -135,6 +208,8 @@ def native_build(record):
 
         def build_extensions(self):
             try:
+                if cuda:
+                    self.extensions[0].extra_objects += compile_cuda(cuda[0], os.path.join(os.path.abspath(self.build_temp), "cuda"))
                 super().build_extensions()
             except Exception as error:
                 if MODE != "auto":
@@ -147,12 +222,15 @@ def native_build(record):
         "sage_kernels._C",
         SOURCES,
         include_dirs=[os.path.join(HERE, "csrc")],
-        depends=sorted(glob.glob("csrc/**/*.h", root_dir=HERE, recursive=True)),
-        extra_compile_args={"cxx": COMPILE},
+        depends=HEADERS,
+        extra_compile_args={"cxx": macros},
+        library_dirs=[cuda[2]] if cuda else [],
+        libraries=CUDART if cuda else [],
         extra_link_args=["-Wl,-s"] if sys.platform == "linux" else [],
         py_limited_api=True,
     )
-    say(f"SAGE_BUILD={MODE}: C++ kernels, torch {torch.__version__}, {record.facts['compiler']}")
+    kinds = f"C++ and CUDA kernels, nvcc {cuda[1]}" if cuda else f"C++ kernels (no CUDA kernels: {record.facts['cuda_reason']})"
+    say(f"SAGE_BUILD={MODE}: {kinds}, torch {torch.__version__}, {version}")
     return {
         "ext_modules": [extension],
         "cmdclass": {"build_ext": BuildNative},

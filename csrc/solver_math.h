@@ -2,8 +2,8 @@
 // and sage_kernels/philox.py; the same bits come out because every product and every sum is rounded on its own, in the same
 // order (host: -ffp-contract=off; device: the _rn intrinsics).
 //
-// No include guard: a translation unit includes this once per instruction set, inside a namespace of its own. branch_step.h
-// must be included before, at global scope.
+// No include guard: a translation unit includes this once per instruction set, inside a namespace of its own. kernels.h must be
+// included before, at global scope.
 
 SAGE_INLINE float mul(float a, float b) {
 #if defined(__CUDA_ARCH__)
@@ -85,6 +85,55 @@ SAGE_INLINE void update(const Row& k, Machine& at) {
   if (k.e != 0.0f) next.term(k.e, y);
   if (k.c != 0.0f) next.term(k.c, at.noise());
   at.put(m0, xc, next.value(), k.s);
+}
+
+// What one output row adds to the gradients of the input rows it read: the transpose of `update`. `Machine` holds the gradients
+// that arrive at one place in that row, null or 0 where there are none.
+//   bool has(Gradient), V grad(Gradient)                 what arrives at x', m0, xc and at the model input (both halves added)
+//   Sum sum(Gradient)                                    an empty sum
+//   V passed(V)                                          0 where the forward direction clamped m0
+//   bool wants(int input), void collect(int input, V)    the gradients to be made: adds to one of them
+//   bool wants_output(), void collect_output(V)          the same for the two model outputs, which guidance mixed
+enum Gradient { kAtNext, kAtDenoised, kAtCorrected, kAtModelInput, kAtOutput, kContribution };
+enum Input { kFromSample, kFromLast, kFromHistory };  // kFromHistory + 0, 1, 2
+
+template <class Machine>
+SAGE_INLINE void update_backward(const Row& k, Machine& at) {
+  using V = typename Machine::Value;
+  auto next = at.sum(kAtNext);
+  if (at.has(kAtNext)) next.term(1.0f, at.grad(kAtNext));
+  if (k.s != 0.0f && at.has(kAtModelInput)) next.term(k.s, at.grad(kAtModelInput));
+  const V n = next.value();
+
+  auto corrected = at.sum(kAtCorrected);
+  if (at.has(kAtCorrected)) corrected.term(1.0f, at.grad(kAtCorrected));
+  if (k.a != 0.0f) corrected.term(k.a, n);
+  const V c = corrected.value();
+
+  auto denoised = at.sum(kAtDenoised);
+  if (at.has(kAtDenoised)) denoised.term(1.0f, at.grad(kAtDenoised));
+  if (k.b[0] != 0.0f) denoised.term(k.b[0], n);
+  if (k.u[2] != 0.0f) denoised.term(k.u[2], c);
+  const V m = k.clip == bits_as<float>(0x7F800000u) ? denoised.value() : at.passed(denoised.value());
+
+  if (at.wants_output()) {
+    auto output = at.sum(kAtOutput);
+    if (k.q != 0.0f) output.term(k.q, m);
+    if (k.e != 0.0f) output.term(k.e, n);
+    at.collect_output(output.value());
+  }
+  const auto collect = [&](int input, float on_first, const V& first, float on_second, const V& second) {
+    if (!at.wants(input) || (on_first == 0.0f && on_second == 0.0f)) return;
+    auto contribution = at.sum(kContribution);
+    if (on_first != 0.0f) contribution.term(on_first, first);
+    if (on_second != 0.0f) contribution.term(on_second, second);
+    at.collect(input, contribution.value());
+  };
+  collect(kFromSample, k.p, m, k.u[0], c);
+  collect(kFromLast, k.u[1], c, 0.0f, c);
+  collect(kFromHistory, k.u[3], c, k.b[1], n);
+  collect(kFromHistory + 1, k.u[4], c, k.b[2], n);
+  collect(kFromHistory + 2, k.u[5], c, 0.0f, c);
 }
 
 // A 32-bit word times a constant, and the two halves of the product.

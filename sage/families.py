@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from sage.plan import ResolvedPlan
+from sage_kernels import group_mean
 
 # The pipeline attributes that hold a denoiser, in the order they are hooked.
 DENOISERS = ("unet", "transformer", "transformer_2", "controlnet")
@@ -73,16 +74,14 @@ class Rows:
         self.num_leaves, self.num_nodes = num_leaves, len(members)
         self.trivial = self.num_nodes == num_leaves
         labels = np.empty(num_leaves, dtype=np.int64)
-        width = max(map(len, members))
-        slots = np.zeros((width, self.num_nodes), dtype=np.int64)  # [n_max, R] leaf in slot j of each node
-        self._counts = np.array([len(m) for m in members])
         for node, leaves in enumerate(members):
             labels[list(leaves)] = node
-            slots[: len(leaves), node] = leaves
         self.labels = torch.from_numpy(labels)  # [B] node of each leaf
         self.representatives = torch.from_numpy(np.array(representatives, dtype=np.int64))  # [R]
         self.representative_of = self.representatives[self.labels]  # [B]
-        self._slots = torch.from_numpy(slots)
+        self._leaves = np.concatenate([np.asarray(leaves) for leaves in members])  # node after node
+        self._bounds = np.cumsum([0, *map(len, members)])
+        self._segments: dict[tuple[int, torch.device], tuple[torch.Tensor, torch.Tensor]] = {}
 
     def _index(self, index: torch.Tensor, copies: int, stride: int, device: torch.device) -> torch.Tensor:
         """`index` once per guidance copy, each copy `stride` rows further on."""
@@ -92,28 +91,23 @@ class Rows:
         """[k·B, ...] → [k·R, ...]: the representative's row."""
         return x.index_select(0, self._index(self.representatives, copies, self.num_leaves, x.device))
 
-    def _slot(self, x: torch.Tensor, copies: int, j: int) -> torch.Tensor:
-        return x.index_select(0, self._index(self._slots[j], copies, self.num_leaves, x.device))
-
-    def _counted(self, x: torch.Tensor, copies: int, j: int) -> torch.Tensor:
-        """[k·R, 1...] bool: the nodes that have more than j members."""
-        here = torch.from_numpy(self._counts > j).repeat(copies).to(x.device)
-        return here.view(-1, *(1,) * (x.ndim - 1))
+    def _groups(self, copies: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """`indptr` and `members` of `sage_kernels.group_mean`, once per guidance copy."""
+        if (copies, device) not in self._segments:
+            leaves = [self._leaves + c * self.num_leaves for c in range(copies)]
+            bounds = [self._bounds[1:] + c * self.num_leaves for c in range(copies)]
+            segments = np.concatenate([[0], *bounds]), np.concatenate(leaves)
+            self._segments[copies, device] = tuple(torch.from_numpy(s.astype(np.int32)).to(device) for s in segments)
+        return self._segments[copies, device]
 
     def mean(self, x: torch.Tensor, copies: int) -> torch.Tensor:
         """[k·B, ...] → [k·R, ...]: the members' mean, summed in float64 so that equal rows give exactly that row."""
-        total = self._slot(x, copies, 0).double()
-        for j in range(1, len(self._slots)):
-            total = torch.where(self._counted(x, copies, j), total + self._slot(x, copies, j).double(), total)
-        counts = torch.from_numpy(self._counts).repeat(copies).to(total)
-        return (total / counts.view(-1, *(1,) * (x.ndim - 1))).to(x.dtype)
+        return group_mean(x, *self._groups(copies, x.device)).rows
 
     def union(self, x: torch.Tensor, copies: int) -> torch.Tensor:
         """[k·B, ...] → [k·R, ...]: the members' element-wise maximum (a token that counts for one counts for the node)."""
-        best = self._slot(x, copies, 0)
-        for j in range(1, len(self._slots)):
-            best = torch.where(self._counted(x, copies, j), torch.maximum(best, self._slot(x, copies, j)), best)
-        return best
+        nothing = x.new_empty(len(x), 0, dtype=torch.float32)
+        return group_mean(nothing, *self._groups(copies, x.device), mask=x).mask
 
     def expand(self, x: torch.Tensor, copies: int) -> torch.Tensor:
         """[k·R, ...] → [k·B, ...]: every leaf gets its node's row."""

@@ -2,7 +2,17 @@
 
 from sage_kernels import backends
 from sage_kernels.coefficients import COLUMNS, CoefficientTable
-from sage_kernels.ops import BranchStepOut, branch_step, normals
+from sage_kernels.ops import BranchStepOut, GroupMeanOut, branch_step, group_mean, normals
 from sage_kernels.version import __version__
 
-__all__ = ["COLUMNS", "BranchStepOut", "CoefficientTable", "__version__", "backends", "branch_step", "normals"]
+__all__ = [
+    "COLUMNS",
+    "BranchStepOut",
+    "CoefficientTable",
+    "GroupMeanOut",
+    "__version__",
+    "backends",
+    "branch_step",
+    "group_mean",
+    "normals",
+]

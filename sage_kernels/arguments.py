@@ -9,15 +9,17 @@ import warnings
 
 import torch
 
+from sage_kernels.allocation import MODEL_INPUT
 from sage_kernels.coefficients import COLUMNS
 
 MODEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-MODEL_INPUT = (None, "single", "double")
+MASK_DTYPES = (torch.bool, torch.uint8, torch.int32, torch.int64, torch.float32, torch.bfloat16, torch.float16)
 # The native op's inputs, in its order; ROW_INPUTS are those of shape [rows, *shape].
 INPUTS = (
     "sample", "model_output", "table", "step", "parent", "uncond_output", "guidance", "history[0]", "history[1]", "history[2]",
     "history_parent[0]", "history_parent[1]", "history_parent[2]", "last_sample", "noise", "noise_index", "seed", "call",
 )  # fmt: skip
+NO_GRADIENT = {"table", "guidance", "noise"}
 ROW_INPUTS = {"sample", "model_output", "uncond_output", "history[0]", "history[1]", "history[2]", "last_sample", "noise"}
 # Table columns that read an input which may be missing.
 READERS = {
@@ -100,15 +102,22 @@ def check_flags(history, history_parent, out, want_corrected, model_input):
             raise ValueError(f"branch_step: out.{name} is {'a tensor' if present else 'None'} but {asked}; make them agree")
 
 
-def check_gradient(inputs):
-    """Refuse rather than return a result whose gradient is silently missing. All inputs, in the order of INPUTS."""
+def check_gradient(inputs, out):
+    """True if the result must be differentiable. Refuse rather than return one whose gradient is silently missing."""
     if not torch.is_grad_enabled():
-        return
-    for name, value in zip(INPUTS, inputs):
-        if getattr(value, "requires_grad", False):
+        return False
+    needing = [name for name, value in zip(INPUTS, inputs) if getattr(value, "requires_grad", False)]
+    for name in needing:
+        if name in NO_GRADIENT:
             raise NotImplementedError(
-                f"branch_step: there is no gradient and {name} requires one; call it under torch.no_grad(), or detach {name}"
+                f"branch_step: there is no gradient for {name} and it requires one; call it under torch.no_grad(), or detach {name}"
             )
+    if needing and out is not None:
+        raise ValueError(
+            f"branch_step: out must be None where a gradient is needed ({needing[0]} requires one), got tensors; "
+            f"leave it out, or call it under torch.no_grad()"
+        )
+    return bool(needing)
 
 
 def check_inputs(inputs, history, history_parent):
@@ -279,3 +288,41 @@ def check_normals(seed, call, n, tag):
         if value < 0 or (bound is not None and value >= bound):
             limit = "at least 0" if bound is None else f"in [0, {bound})"
             raise ValueError(f"normals: {name} must be {limit}, got {value}; it is an ordinary count")
+
+
+def check_groups(rows, indptr, members, mask):
+    """Check the arguments of `group_mean`."""
+    op = "group_mean"
+    for name, value, dtypes in (("rows", rows, (torch.float64, *MODEL_DTYPES)), ("mask", mask, MASK_DTYPES)):
+        if name == "mask" and value is None:
+            continue
+        if not isinstance(value, torch.Tensor) or value.dim() == 0:
+            _refuse(TypeError, op, name, f"a tensor of {_names(dtypes)}, a row per member", _describe(value), "pass a tensor")
+        sizes = (("B", None if name == "rows" else len(rows)), *_shape(value))
+        _tensor(name, value, dtypes, sizes, rows.device, op)
+    _tensor("indptr", indptr, (torch.int32,), (("R + 1", None),), rows.device, op)
+    _tensor("members", members, (torch.int32,), (("n", None),), rows.device, op)
+    for name, value in (("indptr", indptr), ("members", members)):
+        if not value.is_contiguous():
+            _refuse(ValueError, op, name, "contiguous", f"stride {value.stride()}", f"use {name}.contiguous()")
+    if len(indptr) == 0:
+        _refuse(ValueError, op, "indptr", "at least one value", _describe(indptr), "no groups are [0]")
+    if _readable(rows.device):
+        _check_group_values(indptr, members, len(rows))
+
+
+def _check_group_values(indptr, members, rows):
+    if indptr[0] != 0 or indptr[-1] != len(members) or (indptr[1:] <= indptr[:-1]).any():
+        wanted = f"ascending from 0 to len(members) = {len(members)}, no group empty"
+        got = f"{indptr.tolist() if len(indptr) < 9 else indptr[:8].tolist() + ['...']}"
+        _refuse(ValueError, "group_mean", "indptr", wanted, got, "check the groups")
+    outside = ((members < 0) | (members >= rows)).nonzero()
+    if len(outside):
+        at = int(outside[0])
+        wanted = f"in [0, {rows}), the rows of rows"
+        _refuse(ValueError, "group_mean", "members", wanted, f"{int(members[at])} at {at}", "check the groups")
+
+
+def dense_groups(rows, mask):
+    """`rows` and `mask` with every row dense."""
+    return tuple(t if t is None or t.numel() == 0 or _rows_are_dense(t) else t.contiguous() for t in (rows, mask))

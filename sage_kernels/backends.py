@@ -2,12 +2,18 @@
 
     reference   plain torch, every device: the specification
     cpu         C++, CPU tensors: sage_kernels._C
+    cuda        CUDA C++, tensors on NVIDIA GPUs: sage_kernels._C, if it was built with nvcc
+    triton      Triton, tensors on NVIDIA and AMD GPUs; compiled by Triton when first used (with TRITON_INTERPRET=1 also CPU
+                tensors, slowly, for tests)
 
-Loading happens once, when the package is imported; nothing is ever compiled at run time.
+"auto" takes the native kernels of the device, else Triton, else the reference with a warning. Loading happens once, when the
+package is imported; the native kernels are compiled when it is installed.
 """
 
 import importlib
+import importlib.util
 import json
+import os
 import warnings
 from pathlib import Path
 
@@ -16,14 +22,18 @@ import torch
 from sage_kernels.version import __version__
 
 MEND = "pip install --no-build-isolation --force-reinstall --no-deps ."
+CUDA_MEND = f"SAGE_BUILD=cuda {MEND}"
 _INFO = Path(__file__).with_name("_build_info.json")
-_NOT_HERE = "not in this version: tensors on this kind of device run through the reference"
+# Devices each backend can run on; None: all.
+_KINDS = {"reference": None, "cpu": ("cpu",), "cuda": ("cuda",), "triton": ("cuda",)}
 
 
 def build_info():
-    """What the installation compiled: {"mode", "native", "reason", "mend", "torch", "compiler", "version"}.
+    """What the installation compiled: {"mode", "native", "reason", "mend", "torch", "compiler", "flags", "nvcc", "cuda_archs",
+    "cuda_reason", "version"}.
 
-    `native` lists the compiled backends; `reason` says why it is empty, or is None; `mend` is the command which changes that.
+    `native` lists the compiled backends; `reason` says why it is empty, or is None; `mend` is the command which changes that;
+    `cuda_reason` says why it has no CUDA kernels, or is None; `cuda_archs` are the GPU architectures of those it has.
     """
     if not _INFO.exists():
         return {
@@ -33,6 +43,10 @@ def build_info():
             "mend": "pip install -e . --no-build-isolation --no-deps",
             "torch": None,
             "compiler": None,
+            "flags": None,
+            "nvcc": None,
+            "cuda_archs": [],
+            "cuda_reason": "nothing was built",
             "version": __version__,
         }
     return json.loads(_INFO.read_text())
@@ -58,7 +72,41 @@ _WARNED = set()
 
 def available():
     """{backend: None if it can run here, else the reason why not}."""
-    return {"reference": None, "cpu": _NATIVE_REFUSAL, "cuda": _NOT_HERE, "triton": _NOT_HERE}
+    return {"reference": None, "cpu": _NATIVE_REFUSAL, "cuda": _cuda_refusal(), "triton": _triton_refusal()}
+
+
+def _no_gpu():
+    if torch.cuda.is_available():
+        return None
+    built = torch.version.cuda or torch.version.hip
+    return "torch finds no GPU here" if built else f"torch {torch.__version__} is built without CUDA or ROCm"
+
+
+def _cuda_refusal():
+    info = build_info()
+    if "cuda" not in info["native"]:
+        return _NATIVE_REFUSAL or f"built without CUDA kernels: {info['cuda_reason']}"
+    reason = _NATIVE_REFUSAL or _no_gpu()
+    if reason is None and torch.version.hip:
+        reason = "the CUDA kernels are for NVIDIA GPUs, and this torch is built for ROCm"
+    if reason is None:
+        oldest = min(int(arch) for arch in info["cuda_archs"])
+        for i in range(torch.cuda.device_count()):
+            major, minor = torch.cuda.get_device_capability(i)
+            if 10 * major + minor < oldest:
+                return f"built for sm_{oldest} and newer, and {torch.cuda.get_device_name(i)} (cuda:{i}) is sm_{major}{minor}"
+    return reason
+
+
+def interpreting():
+    """True when Triton runs its kernels in Python, on the CPU: set by TRITON_INTERPRET=1 before the first import of triton."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _triton_refusal():
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (pip install triton)"
+    return None if interpreting() else _no_gpu()
 
 
 def warn_reference(kind):
@@ -66,9 +114,11 @@ def warn_reference(kind):
     if kind in _WARNED:
         return
     _WARNED.add(kind)
-    reason, mend = (_NATIVE_REFUSAL, f" To get them: {_MEND}") if kind == "cpu" else ("not in this version", "")
+    fast = [name for name, kinds in _KINDS.items() if kinds and kind in kinds]
+    reasons = "; ".join(f"{name}: {available()[name]}" for name in fast) or "no backend is made for it"
+    mend = f" To get them: {_MEND}" if fast else ""
     warnings.warn(
-        f"sage_kernels: no native kernels for {kind} tensors ({reason}); the plain-torch reference runs instead, "
+        f"sage_kernels: no native kernels for {kind} tensors ({reasons}); the plain-torch reference runs instead, "
         f"with the same results but slower.{mend}",
         RuntimeWarning,
         stacklevel=2,
@@ -76,21 +126,20 @@ def warn_reference(kind):
 
 
 def _choose(name, kind):
-    known = ("auto", *available())
+    known = ("auto", *_KINDS)
     if name not in known:
         raise ValueError(f"backend must be one of {', '.join(known)}; got {name!r}")
-    if name in ("cuda", "triton"):
-        raise NotImplementedError(f"backend {name!r} is {_NOT_HERE.split(':')[0]}; those which exist are reference and cpu")
-    if name == "cpu":
-        if kind != "cpu":
-            raise ValueError(f"backend 'cpu' cannot run on {kind} tensors; use backend='auto' or 'reference'")
-        if _NATIVE_REFUSAL:
-            raise RuntimeError(f"backend 'cpu' cannot run: {_NATIVE_REFUSAL}. To get it: {_MEND}")
-    if name != "auto":
-        return name
-    if kind == "cpu" and _NATIVE_REFUSAL is None:
-        return "cpu"
-    return "reference"
+    if name == "auto":
+        fast = [other for other, kinds in _KINDS.items() if kinds and kind in kinds]
+        return next((other for other in fast if available()[other] is None), "reference")
+    kinds, interpreted = _KINDS[name], name == "triton" and interpreting()
+    if kinds and kind not in kinds and not interpreted:
+        raise ValueError(f"backend {name!r} cannot run on {kind} tensors; use backend='auto' or 'reference'")
+    refusal = available()[name]
+    if refusal:
+        mend = "" if name == "triton" else f". To get it: {_MEND if name == 'cpu' else CUDA_MEND}"
+        raise RuntimeError(f"backend {name!r} cannot run: {refusal}{mend}")
+    return name
 
 
 def resolve(name, device):

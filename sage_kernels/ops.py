@@ -1,19 +1,12 @@
-"""The public ops: contract, dispatch, registration. `sage_kernels.reference` is the specification of what they compute."""
+"""The public ops: contract, checks, dispatch. `sage_kernels.reference` is the specification of what they compute."""
 
 from typing import NamedTuple
 
 import torch
 
-from sage_kernels import arguments, backends, philox, reference
-
-_LIBRARY = torch.library.Library("sage_kernels", "DEF")
-_BRANCH_STEP = (
-    "(Tensor sample, Tensor model_output, Tensor table, Tensor step, Tensor parent, Tensor? uncond_output, Tensor? guidance, "
-    "Tensor? m1, Tensor? m2, Tensor? m3, Tensor? m1_parent, Tensor? m2_parent, Tensor? m3_parent, Tensor? last_sample, "
-    "Tensor? noise, Tensor? noise_index, Tensor? seed, Tensor? call, "
-    "Tensor(a!) next_sample, Tensor(b!) denoised, Tensor(c!)? corrected, Tensor(d!)? model_input) -> ()"
-)
-_NORMALS = "(Tensor seed, Tensor call, int tag, Tensor(a!) out) -> ()"
+from sage_kernels import allocation, arguments, registry
+from sage_kernels.allocation import MODEL_INPUT, branch_step_outputs
+from sage_kernels.autograd import FUNCTIONAL, MEAN
 
 
 class BranchStepOut(NamedTuple):
@@ -25,62 +18,11 @@ class BranchStepOut(NamedTuple):
     model_input: torch.Tensor | None = None  # [R_out, *shape] or [2 * R_out, *shape], model dtype
 
 
-def _branch_step_reference(
-    sample, model_output, table, step, parent, uncond_output, guidance, m1, m2, m3, m1_parent, m2_parent, m3_parent,
-    last_sample, noise, noise_index, seed, call, next_sample, denoised, corrected, model_input,
-):  # fmt: skip
-    results = reference.branch_step(
-        sample,
-        model_output,
-        table,
-        step,
-        parent,
-        uncond_output=uncond_output,
-        guidance=guidance,
-        history=[m for m in (m1, m2, m3) if m is not None],
-        history_parent=[parent if i is None else i for i in (m1_parent, m2_parent, m3_parent)],
-        last_sample=last_sample,
-        noise=noise,
-        noise_index=noise_index,
-        seed=seed,
-        call=call,
-    )
-    rows = len(parent)
-    for target, value in zip((next_sample, denoised, corrected), results):
-        if target is not None:
-            target.copy_(value)
-    if model_input is not None:
-        for start in range(0, len(model_input), rows or 1):
-            model_input[start : start + rows] = results[3]
+class GroupMeanOut(NamedTuple):
+    """What `group_mean` returns; see there."""
 
-
-def _normals_reference(seed, call, tag, out):
-    out.copy_(philox.normals(seed, call, out.shape[1], tag=tag))
-
-
-def _register(name, schema, function):
-    """`name` runs the kernel attached for the device, else the reference, with a warning; `name`_reference the reference."""
-
-    def unless_native(*args):
-        backends.warn_reference(args[0].device.type)
-        function(*args)
-
-    overloads = {}
-    for backend, full, kernel in (("auto", name, unless_native), ("reference", f"{name}_reference", function)):
-        _LIBRARY.define(full + schema)
-        _LIBRARY.impl(full, kernel, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"sage_kernels::{full}", lambda *args: None, lib=_LIBRARY)
-        overloads[backend] = getattr(torch.ops.sage_kernels, full).default
-    return overloads
-
-
-_BRANCH_STEP_OPS = _register("branch_step", _BRANCH_STEP, _branch_step_reference)
-_NORMALS_OPS = _register("normals", _NORMALS, _normals_reference)
-
-
-def _op(overloads, backend):
-    """The overload to call once `backends.resolve` has agreed: the dispatcher finds the native kernel, or there is none."""
-    return overloads["reference" if backend == "reference" else "auto"]
+    rows: torch.Tensor  # [R, *shape], dtype of the rows
+    mask: torch.Tensor | None = None  # [R, *mask_shape], dtype of the mask
 
 
 def branch_step(
@@ -132,7 +74,8 @@ def branch_step(
         call (Tensor | None): [R_out], int32: counter word of the noise, the index of the denoiser call; None: `step`.
         want_corrected (bool): also return xc, the next `last_sample`.
         model_input (None | "single" | "double"): also return the next model input, once or twice over (for guidance).
-        out (BranchStepOut | None): contiguous tensors to write into, apart from every input; then nothing is allocated.
+        out (BranchStepOut | None): contiguous tensors to write into, apart from every input; then nothing is allocated, and
+            nothing is differentiable. The form for captured loops.
         backend: "auto", or one of `sage_kernels.backends.available()` by name.
 
     Inputs but `table`, `step`, `parent` and other vectors may have any row stride as long as each row is dense; another
@@ -144,15 +87,18 @@ def branch_step(
 
     Raises:
         TypeError on dtype or device, ValueError on shapes, ranges and combinations, NotImplementedError when a gradient would
-        be needed. On devices other than CPU, index ranges and missing inputs are not looked at (that would wait for the
-        device): a row that needs an input which was not given comes out as NaN there.
+        be needed that does not exist. On devices other than CPU, index ranges and missing inputs are not looked at (that would
+        wait for the device): a row that needs an input which was not given, or whose index is out of range, comes out as NaN
+        there (the reference lets torch's own device assertion stop it).
 
     Notes:
         **Deterministic, and every backend gives the same bits**: float32 arithmetic, unfused, in one fixed order. A term with
-        coefficient 0 is skipped and never reads its input. NaN propagates. Not differentiable. Reads distinct parents * D per
-        input, writes R_out * D per output [elements].
+        coefficient 0 is skipped and never reads its input. NaN propagates. Differentiable in sample, model_output,
+        uncond_output, history and last_sample (once; rounding counts as the identity): the gradient of a row is the sum over
+        the output rows that read it, taken in their order. Reads distinct parents * D per input, writes R_out * D per output
+        [elements].
     """
-    name = backends.resolve(backend, getattr(sample, "device", "cpu"))
+    chosen, op = registry.choose("branch_step", backend, getattr(sample, "device", "cpu"))
     arguments.check_flags(history, history_parent, out, want_corrected, model_input)
     m1, m2, m3 = (*history, None, None, None)[:3]
     i1, i2, i3 = (None, None, None) if history_parent is None else (*history_parent, None, None, None)[:3]
@@ -160,16 +106,17 @@ def branch_step(
         sample, model_output, table, step, parent, uncond_output, guidance, m1, m2, m3, i1, i2, i3, last_sample,
         noise, noise_index, seed, call,
     )  # fmt: skip
-    arguments.check_gradient(inputs)
-    op, refusal = _op(_BRANCH_STEP_OPS, backend), None
-    if name != "reference" and not torch.compiler.is_compiling():
+    if arguments.check_gradient(inputs, out):
+        return _differentiable(inputs, history, history_parent, want_corrected, model_input, backend)
+    refusal = None
+    if chosen in ("cpu", "cuda") and not torch.compiler.is_compiling():
         try:  # the native op checks its arguments itself; a refusal is explained below
             return _run(op, inputs, out, want_corrected, model_input)
         except (RuntimeError, TypeError, ValueError, AttributeError, IndexError) as error:
             refusal = error
     arguments.check_inputs(inputs, history, history_parent)
     arguments.check_outputs(out, inputs, model_input)
-    dense = inputs if name == "reference" else arguments.dense_rows(inputs)
+    dense = inputs if chosen == "reference" else arguments.dense_rows(inputs)
     if refusal is not None and dense is inputs:
         raise refusal
     return _run(op, dense, out, want_corrected, model_input)
@@ -177,23 +124,18 @@ def branch_step(
 
 def _run(op, inputs, out, want_corrected, model_input):
     if out is None:
-        out = _allocate(inputs[0], inputs[1], inputs[4].shape[0], want_corrected, model_input)
+        copies = MODEL_INPUT.index(model_input)
+        out = BranchStepOut(*branch_step_outputs(inputs[0], inputs[1], inputs[4].shape[0], want_corrected, copies))
     op(*inputs, *out)
     return out
 
 
-def _empty(shape, like, dtype=None):
-    """Every output is allocated here, so that tests can fill what nobody has written yet with NaN."""
-    return like.new_empty(shape) if dtype is None else like.new_empty(shape, dtype=dtype)
-
-
-def _allocate(sample, model_output, rows, want_corrected, model_input):
-    shape = (rows, *sample.shape[1:])
-    following = None
-    if model_input is not None:
-        following = _empty((2 * rows, *shape[1:]) if model_input == "double" else shape, model_output)
-    corrected = _empty(shape, sample) if want_corrected else None
-    return BranchStepOut(_empty(shape, sample), _empty(shape, sample), corrected, following)
+def _differentiable(inputs, history, history_parent, want_corrected, model_input, backend):
+    arguments.check_inputs(inputs, history, history_parent)
+    dense = inputs if backend == "reference" else arguments.dense_rows(inputs)
+    copies = MODEL_INPUT.index(model_input)
+    results = FUNCTIONAL(*dense, want_corrected, copies, backend)
+    return BranchStepOut(*results[:2], results[2] if want_corrected else None, results[3] if copies else None)
 
 
 def normals(seed, call, n, *, tag=0, backend="auto"):
@@ -216,7 +158,40 @@ def normals(seed, call, n, *, tag=0, backend="auto"):
         **Deterministic, the same bits from every backend.** Definition: `sage_kernels.philox`.
     """
     arguments.check_normals(seed, call, n, tag)
-    out = _empty((len(seed), n), seed, torch.float32)
-    backends.resolve(backend, seed.device)
-    _op(_NORMALS_OPS, backend)(seed, call, tag, out)
+    out = allocation.empty((len(seed), n), seed, torch.float32)
+    registry.choose("normals", backend, seed.device)[1](seed, call, tag, out)
     return out
+
+
+def group_mean(rows, indptr, members, *, mask=None, backend="auto"):
+    """The mean of the rows of every group, and the union of their masks: the trunk's conditions, in one launch.
+
+        out[i] = (rows[members[indptr[i]]] + … + rows[members[indptr[i + 1] - 1]]) / (indptr[i + 1] - indptr[i])
+        union[i] = max over the same members of mask[member], element by element
+
+    Args:
+        rows (Tensor): [B, *shape], float64, float32, bfloat16 or float16; any row stride, each row dense (another layout is
+            copied).
+        indptr (Tensor): [R + 1], int32: where each group's members begin; ascending from 0 to len(members).
+        members (Tensor): [n], int32, 0 <= members < B: the row numbers, group after group; repeats allowed.
+        mask (Tensor | None): [B, *mask_shape], bool, uint8, int32, int64, float32, bfloat16 or float16.
+        backend: as for `branch_step`.
+
+    Returns:
+        GroupMeanOut(rows [R, *shape], mask [R, *mask_shape] or None), in the dtypes that came. Never aliases an input.
+
+    Raises:
+        TypeError on dtype or device, ValueError on shapes, empty groups and ranges. On devices other than CPU, values are not
+        looked at (that would wait for the device): a group without members gives NaN and mask 0, and a member out of range NaN
+        and mask 0 (the reference lets torch's own device assertion stop it).
+
+    Notes:
+        **Deterministic, and every backend gives the same bits.** Sums are float64, in the order of `members`, divided once and
+        rounded to float32 and then to the rows' dtype: the mean of equal rows is exactly that row. Differentiable in rows
+        (once). Reads len(members) * D, writes R * D [elements] of rows and mask each.
+    """
+    arguments.check_groups(rows, indptr, members, mask)
+    if backend != "reference":
+        rows, mask = arguments.dense_groups(rows, mask)
+    mean, union = MEAN(rows, indptr, members, mask, backend)
+    return GroupMeanOut(mean, None if mask is None else union)

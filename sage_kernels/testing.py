@@ -15,7 +15,7 @@ DTYPES = (
 )
 DTYPE_NAMES = [f"{str(m)[6:]}-{str(s)[6:]}" for m, s in DTYPES]
 ISAS = ("baseline", "avx2", "avx512")
-_INTEGERS = {4: torch.int32, 2: torch.int16, 8: torch.int64}
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def isa_refusal(name):
@@ -44,6 +44,18 @@ def same_bits(a, b):
         return False
     a, b = (t.contiguous().masked_fill(nan, 0).view(_INTEGERS[t.dtype.itemsize]) for t in (a, b))
     return torch.equal(a, b)
+
+
+def moved(value, device):
+    """Tensors, and tuples, lists and dicts of them, on a device; anything else as it is."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {key: moved(item, device) for key, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        items = [moved(item, device) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    return value
 
 
 def table_row(**coefficients):
@@ -102,5 +114,4 @@ def random_case(
     elif noise == "indexed":
         keyword |= {"noise": draw(3, *shape), "noise_index": index(3)}
     positional = (draw(rows_in, *shape).to(state), draw(rows_in, *shape).to(model), table, index(5), index(rows_in))
-    move = lambda value: value.to(device) if isinstance(value, torch.Tensor) else tuple(v.to(device) for v in value)  # noqa: E731
-    return tuple(move(v) for v in positional), {name: move(v) for name, v in keyword.items()}
+    return moved(positional, device), moved(keyword, device)

@@ -1,23 +1,27 @@
-"""Shared by all tests: outputs that no kernel wrote are NaN, and every device that is here is tested."""
+"""Shared by all tests: outputs that no kernel wrote are NaN, and every device and backend that is here is tested."""
+
+from typing import NamedTuple
 
 import pytest
 import torch
 
-from sage_kernels import ops
+from sage_kernels import allocation, backends
+from sage_kernels.testing import ISAS, isa_refusal
 
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+GPU = pytest.mark.gpu
+DEVICES = ["cpu", pytest.param("cuda", marks=GPU)]
 
 
 @pytest.fixture(autouse=True)
 def poison(monkeypatch):
     """An output element that a kernel forgets to write cannot pass for a result."""
-    empty = ops._empty
+    empty = allocation.empty
 
     def poisoned(*args):
         result = empty(*args)
         return result if torch.compiler.is_compiling() else result.fill_(float("nan"))
 
-    monkeypatch.setattr(ops, "_empty", poisoned)
+    monkeypatch.setattr(allocation, "empty", poisoned)
 
 
 @pytest.fixture
@@ -35,3 +39,27 @@ def device(request):
     if request.param == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     return request.param
+
+
+class Runner(NamedTuple):
+    """A backend under test and where its tensors live."""
+
+    backend: str
+    device: str
+
+
+@pytest.fixture(params=[*ISAS, pytest.param("cuda", marks=GPU), pytest.param("triton", marks=GPU)])
+def runner(request):
+    """Every fast backend, the C++ one once per instruction set that this processor has."""
+    if request.param not in ISAS:
+        refusal = backends.available()[request.param] or (None if torch.cuda.is_available() else "no GPU: tested interpreted")
+        if refusal:
+            pytest.skip(f"{request.param}: {refusal}")
+        yield Runner(request.param, "cuda")
+        return
+    refusal = isa_refusal(request.param)
+    if refusal:
+        pytest.skip(refusal)
+    backends.cpu_isa(request.param)
+    yield Runner("cpu", "cpu")
+    backends.cpu_isa("auto")

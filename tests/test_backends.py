@@ -30,15 +30,75 @@ def test_every_backend_is_listed_with_its_reason():
     assert all(reason is None or len(reason) > 10 for reason in available.values())
 
 
-def test_resolve():
+def test_resolve(monkeypatch):
     assert backends.resolve("reference", "cpu") == "reference"
     assert backends.resolve("auto", torch.device("cpu")) == ("cpu" if backends.available()["cpu"] is None else "reference")
-    assert backends.resolve("auto", "cuda:3") == "reference"
+    assert backends.resolve("auto", "mps") == "reference"
     with pytest.raises(ValueError, match="backend must be one of auto, reference, cpu, cuda, triton; got 'rocm'"):
         backends.resolve("rocm", "cpu")
     for name in ("cuda", "triton"):
-        with pytest.raises(NotImplementedError, match=f"backend '{name}' is not in this version; those which exist are reference and cpu"):
+        with pytest.raises(ValueError, match=f"backend '{name}' cannot run on cpu tensors; use backend='auto' or 'reference'"):
+            backends.resolve(name, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("refused", "chosen"), [((), "cuda"), (("cuda",), "triton"), (("cuda", "triton"), "reference"), (("triton",), "cuda")]
+)
+def test_auto_takes_the_first_backend_of_the_device_that_can_run(monkeypatch, refused, chosen):
+    monkeypatch.setattr(backends, "_CHOSEN", {})
+    monkeypatch.setattr(backends, "available", lambda: {name: "out of order" if name in refused else None for name in backends._KINDS})
+    assert backends.resolve("auto", "cuda:3") == chosen
+    for name in refused:
+        with pytest.raises(RuntimeError, match=f"backend '{name}' cannot run: out of order"):
             backends.resolve(name, "cuda")
+
+
+class Card:
+    """torch.cuda of a machine with one GPU."""
+
+    def __init__(self, capability):
+        self.capability = capability
+
+    def is_available(self):
+        return self.capability is not None
+
+    def device_count(self):
+        return 1
+
+    def get_device_capability(self, i):
+        return self.capability
+
+    def get_device_name(self, i):
+        return "Some GPU"
+
+
+BUILT = {"native": ["cpu", "cuda"], "cuda_archs": ["80", "90"], "cuda_reason": None, "mend": None}
+
+
+@pytest.mark.parametrize(
+    ("capability", "info", "hip", "reason"),
+    [
+        ((9, 0), BUILT, None, None),
+        ((12, 0), BUILT, None, None),
+        ((7, 5), BUILT, None, r"built for sm_80 and newer, and Some GPU \(cuda:0\) is sm_75"),
+        (None, BUILT, None, "torch finds no GPU here|built without CUDA or ROCm"),
+        ((9, 4), BUILT, "6.4", "for NVIDIA GPUs, and this torch is built for ROCm"),
+        ((9, 0), BUILT | {"native": ["cpu"], "cuda_reason": "no nvcc"}, None, "built without CUDA kernels: no nvcc"),
+    ],
+)
+def test_why_the_cuda_kernels_cannot_run(monkeypatch, capability, info, hip, reason):
+    monkeypatch.setattr(backends, "_NATIVE_REFUSAL", None)
+    monkeypatch.setattr(backends, "build_info", lambda: info)
+    monkeypatch.setattr(torch, "cuda", Card(capability))
+    monkeypatch.setattr(torch.version, "hip", hip)
+    refusal = backends.available()["cuda"]
+    assert refusal is None if reason is None else re.search(reason, refusal)
+    assert (backends.available()["triton"] is None) == (capability is not None)
+
+
+def test_importing_the_package_does_not_import_triton():
+    code = "import sys, sage_kernels; sage_kernels.backends.available(); print('triton' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout.strip() == "False"
 
 
 @needs_native
@@ -66,8 +126,9 @@ def test_instruction_sets_can_be_forced_and_given_back():
 @needs_native
 def test_build_info_says_what_was_built():
     info = backends.build_info()
-    assert info["native"] == ["cpu"] and info["reason"] is None and info["version"] == sage_kernels.__version__
-    assert info["torch"] and info["compiler"]
+    assert info["native"] in (["cpu"], ["cpu", "cuda"]) and info["reason"] is None and info["version"] == sage_kernels.__version__
+    assert info["torch"] and info["compiler"] and "-ffp-contract=off" in info["flags"]
+    assert bool(info["nvcc"] and info["cuda_archs"]) == ("cuda" in info["native"]) == (info["cuda_reason"] is None)
     json.dumps(info)
 
 
@@ -150,7 +211,7 @@ def test_kernels_touch_no_memory_that_is_not_theirs(tmp_path):
     ).returncode:
         pytest.skip("no C++ compiler with sanitizers")
     program = tmp_path / "sanitize"
-    sources = ["csrc/tests/sanitize.cpp", "csrc/cpu/branch_step_cpu.cpp"]
+    sources = ["csrc/tests/sanitize.cpp", "csrc/cpu/kernels_cpu.cpp"]
     flags = ["-std=c++17", "-O0", "-w", "-ffp-contract=off", sanitizers, "-fno-sanitize-recover=all"]
     subprocess.run([compiler, *flags, *sources, "-o", program], cwd=ROOT, check=True)
     run = subprocess.run([program], capture_output=True, text=True)

@@ -90,7 +90,7 @@ def test_auto_without_a_compiler_is_pure_python_and_keeps_the_reason(tree):
 
 def test_auto_with_a_failing_compilation_is_pure_python_and_keeps_the_reason(tree):
     (tree / "csrc" / "ops.cpp").write_text("#error broken on purpose\n")
-    (tree / "csrc" / "cpu" / "branch_step_cpu.cpp").write_text("\n")
+    (tree / "csrc" / "cpu" / "kernels_cpu.cpp").write_text("\n")
     run = build(tree, "auto")
     assert run.returncode == 0, run.stderr
     facts, names = record(the_wheel(tree / "dist"))
@@ -120,7 +120,7 @@ def test_auto_on_another_platform_is_pure_python(tree):
     ("mode", "variables", "message"),
     [
         ("cpu", {"CXX": "no-such-compiler"}, "there is no C++ compiler ('no-such-compiler' is not on PATH). To mend it: apt install g++"),
-        ("cuda", {}, "this version has no CUDA sources (csrc/cuda/*.cu). To mend it: SAGE_BUILD=cpu pip install"),
+        ("cuda", {"CUDACXX": "no-such-compiler"}, "there is no CUDA compiler ('no-such-compiler' is not on PATH). To mend it: install the"),
         ("gpu", {}, "SAGE_BUILD must be one of auto, cpu, cuda, none; got 'gpu'"),
     ],
 )
@@ -138,6 +138,7 @@ def test_native_wheel_is_one_for_every_python_and_runs(tree, tmp_path):
     facts, names = record(wheel)
     assert "-cp310-abi3-" in wheel.name and "sage_kernels/_C.abi3.so" in names
     assert facts["native"] == ["cpu"] and facts["reason"] is None and facts["version"] == sage_kernels.__version__
+    assert facts["cuda_reason"] == "SAGE_BUILD=cpu was asked for" and facts["cuda_archs"] == []
     site = tmp_path / "site"
     zipfile.ZipFile(wheel).extractall(site)
     refusal, said = use(site)

@@ -9,7 +9,7 @@ from scipy import stats
 
 import sage_kernels
 from sage_kernels import philox
-from sage_kernels.testing import ISAS, isa_refusal, same_bits, table_row
+from sage_kernels.testing import same_bits, table_row
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 WORD = 2**32
@@ -60,19 +60,12 @@ def test_a_seed_means_the_same_numbers_for_ever():
     assert [[value.hex() for value in row] for row in got.tolist()] == PINNED
 
 
-@pytest.mark.parametrize("isa", ISAS)
-def test_native_normals_equal_the_specification(isa):
-    refusal = isa_refusal(isa)
-    if refusal:
-        pytest.skip(refusal)
-    sage_kernels.backends.cpu_isa(isa)
-    try:
-        for n in (0, 1, 2, 3, 4, 5, 255, 256, 257, 4096, 4099, 70001):
-            options = {"tag": n * 977 % 2**32}
-            got, wanted = (draw([3, -(2**63), n], [0, n, 2**31 - 1], n, backend=b, **options) for b in ("cpu", "reference"))
-            assert same_bits(got, wanted)
-    finally:
-        sage_kernels.backends.cpu_isa("auto")
+def test_backends_equal_the_specification(runner):
+    for n in (0, 1, 2, 3, 4, 5, 255, 256, 257, 4096, 4099, 70001):
+        seed, call = torch.tensor([3, -(2**63), n]), torch.tensor([0, n, 2**31 - 1], dtype=torch.int32)
+        expected = sage_kernels.normals(seed, call, n, tag=n * 977 % 2**32, backend="reference")
+        result = sage_kernels.normals(seed.to(runner.device), call.to(runner.device), n, tag=n * 977 % 2**32, backend=runner.backend)
+        assert same_bits(result.cpu(), expected)
 
 
 def test_every_element_is_the_formula_with_integer_philox():

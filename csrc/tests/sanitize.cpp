@@ -1,6 +1,6 @@
 // Drives the CPU kernels over exactly sized heap buffers, for AddressSanitizer and UndefinedBehaviorSanitizer. No torch.
 //
-//     c++ -std=c++17 -O1 -g -ffp-contract=off -fsanitize=address,undefined csrc/tests/sanitize.cpp csrc/cpu/branch_step_cpu.cpp
+//     c++ -std=c++17 -O1 -g -ffp-contract=off -fsanitize=address,undefined csrc/tests/sanitize.cpp csrc/cpu/kernels_cpu.cpp
 //
 // Prints the instruction sets it ran; a fault ends the program with the sanitizer's report.
 #include <cmath>
@@ -8,7 +8,7 @@
 #include <random>
 #include <vector>
 
-#include "../branch_step.h"
+#include "../kernels.h"
 
 using namespace sage;
 
@@ -26,64 +26,121 @@ void* buffer(Bytes& owner, int64_t bytes) {
   return owner.back().data();
 }
 
-void run_case(int64_t elements) {
-  const DType models[] = {DType::kFloat32, DType::kBFloat16, DType::kBFloat16, DType::kFloat16, DType::kFloat16};
-  const DType states[] = {DType::kFloat32, DType::kFloat32, DType::kBFloat16, DType::kFloat32, DType::kFloat16};
-  const int kind = static_cast<int>(between(0, 4));
-  const int64_t rows_in = between(1, 3), rows = between(1, 3), gap = between(0, 5);
-  const int64_t model_bytes = models[kind] == DType::kFloat32 ? 4 : 2, state_bytes = states[kind] == DType::kFloat32 ? 4 : 2;
+constexpr DType kModels[] = {DType::kFloat32, DType::kBFloat16, DType::kBFloat16, DType::kFloat16, DType::kFloat16};
+constexpr DType kStates[] = {DType::kFloat32, DType::kFloat32, DType::kBFloat16, DType::kFloat32, DType::kFloat16};
+
+// One random call of every kernel: memory of exactly the size that is said.
+struct Case {
   Bytes memory;
-  memory.reserve(32);
+  const int kind = static_cast<int>(between(0, 4));
+  const DType model = kModels[kind], state = kStates[kind];
+  const int64_t elements, rows_in = between(1, 3), rows = between(1, 3), gap = between(0, 5);
+  std::vector<int32_t> parent, step, call;
+  std::vector<int64_t> seed;
+  std::vector<float> guidance;
+  std::vector<Row> table;
 
-  std::vector<int32_t> parent(rows), step(rows), call(rows);
-  std::vector<int64_t> seed(rows);
-  std::vector<float> guidance(rows, 7.5f);
-  std::vector<Row> table(3);
-  for (Row& k : table) {
-    float* values = &k.p;
-    for (int i = 0; i < 15; i++) values[i] = between(0, 2) ? static_cast<float>(between(-9, 9)) / 7 : 0.0f;
-    k.clip = between(0, 1) ? INFINITY : 1.5f;
-  }
-  for (int64_t r = 0; r < rows; r++) {
-    parent[r] = static_cast<int32_t>(between(0, rows_in - 1));
-    step[r] = static_cast<int32_t>(between(0, 2));
-    call[r] = static_cast<int32_t>(random_bits());
-    seed[r] = static_cast<int64_t>(random_bits()) << 31;
-  }
-  const auto input = [&](int64_t width) {  // rows_in rows, `gap` elements apart, and nothing behind the last one
-    const int64_t stride = elements + gap;
-    return RowsIn{buffer(memory, ((rows_in - 1) * stride + elements) * width), stride, parent.data()};
-  };
-  BranchStep args{};
-  args.sample = input(state_bytes);
-  args.last = input(state_bytes);
-  for (RowsIn& m : args.m) m = input(state_bytes);
-  args.model_output = input(model_bytes);
-  if (between(0, 1)) args.uncond = input(model_bytes), args.guidance = guidance.data();
-  if (between(0, 1)) {
-    args.seed = seed.data(), args.call = call.data();
-  } else {
-    args.noise = input(4);
-  }
-  args.table = table.data();
-  args.step = step.data();
-  args.rows = rows, args.elements = elements;
-  args.model = models[kind], args.state = states[kind];
-  args.next = buffer(memory, rows * elements * state_bytes);
-  args.denoised = buffer(memory, rows * elements * state_bytes);
-  if (between(0, 1)) args.corrected = buffer(memory, rows * elements * state_bytes);
-  args.copies = static_cast<int32_t>(between(0, 2));
-  if (args.copies) args.model_input = buffer(memory, args.copies * rows * elements * model_bytes);
-
-  std::vector<float> normals(rows * elements);
-  const Normals draws{seed.data(), call.data(), 3, normals.data(), rows, elements};
-  for (int64_t row = 0; row < rows; row++) {
-    for (int64_t begin = 0; begin < elements; begin += kChunk) {
-      const int64_t end = begin + kChunk < elements ? begin + kChunk : elements;
-      branch_step_cpu(args, row, begin, end);
-      normals_cpu(draws, row, begin, end);
+  explicit Case(int64_t d) : elements(d), parent(rows), step(rows), call(rows), seed(rows), guidance(rows, 7.5f), table(3) {
+    memory.reserve(64);
+    for (Row& k : table) {
+      float* values = &k.p;
+      for (int i = 0; i < 15; i++) values[i] = between(0, 2) ? static_cast<float>(between(-9, 9)) / 7 : 0.0f;
+      k.clip = between(0, 1) ? INFINITY : 1.5f;
+    }
+    for (int64_t r = 0; r < rows; r++) {
+      parent[r] = static_cast<int32_t>(between(0, rows_in - 1));
+      step[r] = static_cast<int32_t>(between(0, 2));
+      call[r] = static_cast<int32_t>(random_bits());
+      seed[r] = static_cast<int64_t>(random_bits()) << 31;
     }
   }
+
+  RowsIn input(DType type, int64_t count, int64_t width, const int32_t* index) {  // rows `gap` apart, nothing behind the last
+    const int64_t stride = width + gap;
+    return RowsIn{buffer(memory, ((count - 1) * stride + width) * size_of(type)), stride, count, index};
+  }
+  void* output(DType type, int64_t count, int64_t width) { return buffer(memory, count * width * size_of(type)); }
+  void* maybe(DType type, int64_t count) { return between(0, 1) ? output(type, count, elements) : nullptr; }
+
+  template <class Run>
+  void over_row(const Run& run) const {
+    for (int64_t begin = 0; begin < elements; begin += kChunk) run(begin, begin + kChunk < elements ? begin + kChunk : elements);
+  }
+
+  void branch_step() {
+    BranchStep args{};
+    args.sample = input(state, rows_in, elements, parent.data());
+    args.last = input(state, rows_in, elements, parent.data());
+    for (RowsIn& m : args.m) m = input(state, rows_in, elements, parent.data());
+    args.model_output = input(model, rows_in, elements, parent.data());
+    if (between(0, 1)) args.uncond = input(model, rows_in, elements, parent.data()), args.guidance = guidance.data();
+    if (between(0, 1)) args.seed = seed.data(), args.call = call.data();
+    else args.noise = input(DType::kFloat32, rows_in, elements, parent.data());
+    args.table = table.data(), args.table_rows = 3, args.step = step.data();
+    args.rows = rows, args.elements = elements, args.model = model, args.state = state;
+    args.next = output(state, rows, elements);
+    args.denoised = output(state, rows, elements);
+    args.corrected = maybe(state, rows);
+    args.copies = static_cast<int32_t>(between(0, 2));
+    if (args.copies) args.model_input = output(model, args.copies * rows, elements);
+    for (int64_t row = 0; row < rows; row++) over_row([&](int64_t b, int64_t e) { branch_step_cpu(args, row, b, e); });
+  }
+
+  void branch_step_backward() {
+    std::vector<int32_t> indptr(rows_in + 1), children;
+    for (int64_t i = 0; i < rows_in; i++) {
+      for (int64_t r = 0; r < rows; r++) {
+        if (parent[r] == i) children.push_back(static_cast<int32_t>(r));
+      }
+      indptr[i + 1] = static_cast<int32_t>(children.size());
+    }
+    BranchStepBackward args{};
+    args.copies = static_cast<int32_t>(between(1, 2));
+    args.g_sample = maybe(state, rows), args.g_denoised = maybe(state, rows), args.g_corrected = maybe(state, rows);
+    args.g_model_input = maybe(model, args.copies * rows);
+    args.sample = input(state, rows_in, elements, parent.data());
+    args.model_output = input(model, rows_in, elements, parent.data());
+    if (between(0, 1)) args.uncond = input(model, rows_in, elements, parent.data()), args.guidance = guidance.data();
+    args.table = table.data(), args.table_rows = 3, args.step = step.data();
+    args.indptr = indptr.data(), args.children = children.data();
+    args.d_sample = maybe(state, rows_in), args.d_last = maybe(state, rows_in);
+    for (void*& d : args.d_m) d = maybe(state, rows_in);
+    args.d_model_output = maybe(model, rows_in), args.d_uncond = maybe(model, rows_in);
+    args.rows = rows_in, args.rows_out = rows, args.elements = elements, args.model = model, args.state = state;
+    for (int64_t row = 0; row < rows_in; row++) over_row([&](int64_t b, int64_t e) { branch_step_backward_cpu(args, row, b, e); });
+  }
+
+  void normals() {
+    const Normals args{seed.data(), call.data(), 3, static_cast<float*>(output(DType::kFloat32, rows, elements)), rows, elements};
+    for (int64_t row = 0; row < rows; row++) over_row([&](int64_t b, int64_t e) { normals_cpu(args, row, b, e); });
+  }
+
+  void group_mean() {
+    constexpr DType types[] = {DType::kFloat64, DType::kFloat32, DType::kBFloat16, DType::kFloat16};
+    constexpr DType masks[] = {DType::kUInt8, DType::kInt32, DType::kInt64, DType::kFloat32, DType::kBFloat16, DType::kFloat16};
+    const std::vector<int32_t> indptr{0, 1, 1 + static_cast<int32_t>(rows)};
+    std::vector<int32_t> members{0};
+    members.insert(members.end(), parent.begin(), parent.end());
+    GroupMean args{};
+    args.type = types[between(0, 3)], args.mask_type = masks[between(0, 5)];
+    args.rows = 2, args.elements = elements, args.mask_elements = between(0, 9);
+    args.in = input(args.type, rows_in, elements, nullptr);
+    args.mask = input(args.mask_type, rows_in, args.mask_elements, nullptr);
+    args.indptr = indptr.data(), args.members = members.data();
+    args.out = output(args.type, 2, elements);
+    args.united = output(args.mask_type, 2, args.mask_elements);
+    for (int64_t row = 0; row < 2; row++) {
+      over_row([&](int64_t b, int64_t e) { group_mean_cpu(args, row, b, e); });
+      group_union_cpu(args, row);
+    }
+  }
+};
+
+void run_case(int64_t elements) {
+  Case(elements).branch_step();
+  Case(elements).branch_step_backward();
+  Case(elements).normals();
+  Case(elements).group_mean();
 }
 
 }  // namespace

@@ -1,5 +1,5 @@
 // The CPU kernels, once per instruction set, and the choice between them when the first call is made. No torch here.
-#include "../branch_step.h"
+#include "../kernels.h"
 
 #include <atomic>
 
@@ -16,7 +16,7 @@ namespace sage {
 #define SAGE_MULTIPLY_EVEN _mm_mul_epu32
 #endif
 namespace baseline {
-#include "branch_step_rows.h"
+#include "all_rows.h"
 }  // namespace baseline
 
 #ifdef SAGE_X86_COPIES
@@ -27,7 +27,7 @@ namespace baseline {
 #define SAGE_VECTOR __m256i
 #define SAGE_MULTIPLY_EVEN _mm256_mul_epu32
 namespace avx2 {
-#include "branch_step_rows.h"
+#include "all_rows.h"
 }  // namespace avx2
 #pragma GCC pop_options
 
@@ -37,7 +37,7 @@ namespace avx2 {
 #define SAGE_VECTOR __m512i
 #define SAGE_MULTIPLY_EVEN _mm512_mul_epu32
 namespace avx512 {
-#include "branch_step_rows.h"
+#include "all_rows.h"
 }  // namespace avx512
 #pragma GCC pop_options
 #endif
@@ -46,14 +46,18 @@ namespace {
 
 struct Kernels {
   void (*branch_step)(const BranchStep&, int64_t, int64_t, int64_t);
+  void (*branch_step_backward)(const BranchStepBackward&, int64_t, int64_t, int64_t);
   void (*normals)(const Normals&, int64_t, int64_t, int64_t);
+  void (*group_mean)(const GroupMean&, int64_t, int64_t, int64_t);
+  void (*group_union)(const GroupMean&, int64_t);
 };
 
+#define SAGE_KERNELS(isa) {isa::branch_step, isa::branch_step_backward, isa::normals, isa::group_mean, isa::group_union}
 constexpr Kernels kKernels[] = {
-    {baseline::branch_step, baseline::normals},
+    SAGE_KERNELS(baseline),
 #ifdef SAGE_X86_COPIES
-    {avx2::branch_step, avx2::normals},
-    {avx512::branch_step, avx512::normals},
+    SAGE_KERNELS(avx2),
+    SAGE_KERNELS(avx512),
 #endif
 };
 
@@ -93,6 +97,16 @@ int cpu_isa(int force) {
 void branch_step_cpu(const BranchStep& args, int64_t row, int64_t begin, int64_t end) {
   kernels().branch_step(args, row, begin, end);
 }
+
+void branch_step_backward_cpu(const BranchStepBackward& args, int64_t row, int64_t begin, int64_t end) {
+  kernels().branch_step_backward(args, row, begin, end);
+}
+
+void group_mean_cpu(const GroupMean& args, int64_t row, int64_t begin, int64_t end) {
+  kernels().group_mean(args, row, begin, end);
+}
+
+void group_union_cpu(const GroupMean& args, int64_t row) { kernels().group_union(args, row); }
 
 void normals_cpu(const Normals& args, int64_t row, int64_t begin, int64_t end) {
   kernels().normals(args, row, begin, end);

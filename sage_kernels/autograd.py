@@ -1,0 +1,133 @@
+"""Gradients: functional forms of the ops, which allocate their results and know their derivatives.
+
+`branch_step_functional` is linear in the sample, the model outputs, the history and the last sample, apart from the clamp.
+Its backward is one launch of `branch_step_backward` for everything that was read through one index: the output rows that read
+an input row are its children, a segment of the output rows sorted by that index, and are summed in their order. No atomics, so
+gradients reproduce bit for bit.
+"""
+
+import torch
+
+from sage_kernels import allocation, registry
+from sage_kernels.allocation import branch_step_outputs
+
+# Places in the op's inputs.
+SAMPLE, MODEL_OUTPUT, TABLE, STEP, PARENT, UNCOND, GUIDANCE, HISTORY, HISTORY_PARENT, LAST = 0, 1, 2, 3, 4, 5, 6, 7, 10, 13
+DIFFERENTIABLE = (SAMPLE, MODEL_OUTPUT, UNCOND, LAST, HISTORY, HISTORY + 1, HISTORY + 2)  # in the order of the backward's outputs
+INPUTS = 18
+
+registry.LIBRARY.define(
+    f"branch_step_functional({registry.BRANCH_STEP_INPUTS}, bool want_corrected, int copies, str backend) "
+    "-> (Tensor, Tensor, Tensor, Tensor)"
+)
+registry.LIBRARY.define(
+    "group_mean_functional(Tensor rows, Tensor indptr, Tensor members, Tensor? mask, str backend) -> (Tensor, Tensor)"
+)
+
+
+def _none_as_empty(like, *values):
+    return tuple(like.new_empty(0) if value is None else value for value in values)
+
+
+def _branch_step(*args):
+    inputs, (want_corrected, copies, backend) = args[:INPUTS], args[INPUTS:]
+    sample, model_output = inputs[SAMPLE], inputs[MODEL_OUTPUT]
+    outputs = branch_step_outputs(sample, model_output, inputs[PARENT].shape[0], want_corrected, copies)
+    registry.choose("branch_step", backend, sample.device)[1](*inputs, *outputs)
+    return _none_as_empty(sample, *outputs[:3]) + _none_as_empty(model_output, outputs[3])
+
+
+def _fake_branch_step(*args):
+    inputs, (want_corrected, copies, _) = args[:INPUTS], args[INPUTS:]
+    sample, model_output = inputs[SAMPLE], inputs[MODEL_OUTPUT]
+    outputs = branch_step_outputs(sample, model_output, inputs[PARENT].shape[0], want_corrected, copies)
+    return _none_as_empty(sample, *outputs[:3]) + _none_as_empty(model_output, outputs[3])
+
+
+def _save(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
+    *tensors, want_corrected, copies, ctx.backend = inputs
+    ctx.wanted = (True, True, want_corrected, copies > 0)
+    ctx.rows = [None if t is None else t.shape[0] for t in tensors]
+    kept = (SAMPLE, MODEL_OUTPUT, TABLE, STEP, PARENT, UNCOND, GUIDANCE, *range(HISTORY_PARENT, HISTORY_PARENT + 3))
+    ctx.save_for_backward(*(tensors[i] for i in kept))
+
+
+def _refuse_second_derivative(op, grads):
+    if torch.is_grad_enabled() and any(g is not None and g.requires_grad for g in grads):
+        raise NotImplementedError(f"{op}: there is no second derivative; use create_graph=False")
+
+
+def _segments(index, rows):
+    """(indptr [rows + 1], children [R_out]) of an index [R_out], int32: the places where each row is read, ascending."""
+    ordered, children = torch.sort(index, stable=True)
+    bounds = torch.arange(rows + 1, dtype=index.dtype, device=index.device)
+    return torch.searchsorted(ordered, bounds, out_int32=True), children.int()
+
+
+def _branch_step_backward(ctx, *grads):
+    _refuse_second_derivative("branch_step", grads)
+    grads = tuple(None if g is None or not wanted else g.contiguous() for g, wanted in zip(grads, ctx.wanted))
+    *forward, i1, i2, i3 = ctx.saved_tensors
+    sample, model_output, table, step, parent = forward[:5]
+    result = [None] * (INPUTS + 3)
+    if all(g is None for g in grads):
+        return tuple(result)
+    read_through = {SAMPLE: parent, MODEL_OUTPUT: parent, UNCOND: parent, LAST: parent}
+    read_through |= {HISTORY + i: parent if own is None else own for i, own in enumerate((i1, i2, i3))}
+    needed = [place for place in DIFFERENTIABLE if ctx.needs_input_grad[place]]
+    op = registry.choose("branch_step_backward", ctx.backend, sample.device)[1]
+    while needed:
+        index, rows = read_through[needed[0]], ctx.rows[needed[0]]
+        places = [place for place in needed if read_through[place] is index and ctx.rows[place] == rows]
+        needed = [place for place in needed if place not in places]
+        outputs = [None] * len(DIFFERENTIABLE)
+        for place in places:
+            like = model_output if place in (MODEL_OUTPUT, UNCOND) else sample
+            outputs[DIFFERENTIABLE.index(place)] = result[place] = allocation.empty((rows, *sample.shape[1:]), like)
+        op(*grads, *forward[2:5], sample, model_output, *forward[5:], *_segments(index, rows), *outputs)
+    return tuple(result)
+
+
+def _group_mean(rows, indptr, members, mask, backend):
+    groups = indptr.shape[0] - 1
+    out = allocation.empty((groups, *rows.shape[1:]), rows)
+    union = None if mask is None else mask.new_empty((groups, *mask.shape[1:]))
+    registry.choose("group_mean", backend, rows.device)[1](rows, indptr, members, mask, out, union)
+    return (out, *_none_as_empty(rows, union))
+
+
+def _fake_group_mean(rows, indptr, members, mask, backend):
+    groups = indptr.shape[0] - 1
+    union = rows.new_empty(0) if mask is None else mask.new_empty((groups, *mask.shape[1:]))
+    return rows.new_empty((groups, *rows.shape[1:])), union
+
+
+def _save_groups(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs[1:3])
+    ctx.rows = inputs[0].shape[0]
+
+
+def _group_mean_backward(ctx, grad, _):
+    """Every member gets its group's gradient divided by the group's size; float64 sums where groups overlap."""
+    _refuse_second_derivative("group_mean", (grad,))
+    if grad is None:
+        return (None,) * 5
+    indptr, members = ctx.saved_tensors
+    counts = indptr[1:] - indptr[:-1]
+    share = grad.double() / counts.view(-1, *[1] * (grad.dim() - 1))
+    share = torch.repeat_interleave(share, counts, dim=0, output_size=members.shape[0])
+    total = share.new_zeros(ctx.rows, *grad.shape[1:]).index_add_(0, members.long(), share)
+    return total.to(grad.dtype), None, None, None, None
+
+
+def _register(name, run, fake, save, backward):
+    registry.LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"sage_kernels::{name}", fake, lib=registry.LIBRARY)
+    torch.library.register_autograd(f"sage_kernels::{name}", backward, setup_context=save, lib=registry.LIBRARY)
+    return getattr(torch.ops.sage_kernels, name).default
+
+
+FUNCTIONAL = _register("branch_step_functional", _branch_step, _fake_branch_step, _save, _branch_step_backward)
+MEAN = _register("group_mean_functional", _group_mean, _fake_group_mean, _save_groups, _group_mean_backward)
