@@ -12,6 +12,7 @@ import importlib
 from sage_kernels.version import __version__
 
 _HOME = {  # public name → the module it lives in, imported when first asked for
+    "CapturedDenoiser": "sage.graphs",
     "GenerationResult": "sage.generation",
     "Leaf": "sage.plan",
     "Node": "sage.plan",

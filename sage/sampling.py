@@ -2,11 +2,14 @@
 
 This is the algorithm, written out. State is compact, one row per node of the plan. At call s the denoiser sees the R_s nodes
 under their mean conditions; then one `branch_step` does guidance, the solver's update, the copy of every node's latent to its
-children, and the next model input.
+children, and the next model input. A denoiser call is made eagerly, or is the replay of a CUDA graph (`sage.graphs`); the
+loop is the same.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -15,12 +18,13 @@ import numpy as np
 import torch
 
 from sage.families import RULES, PlanRows, Rows, map_rows
-from sage.plan import SharingPlan
+from sage.graphs import CapturedDenoiser
+from sage.plan import ResolvedPlan, SharingPlan
 from sage_kernels import CoefficientTable, branch_step
 
 
 def sample(
-    denoise: Callable[[torch.Tensor, torch.Tensor, Any], torch.Tensor],
+    denoise: Callable[[torch.Tensor, torch.Tensor, Any], torch.Tensor] | CapturedDenoiser,
     plan: SharingPlan,
     table: CoefficientTable,
     x_init: torch.Tensor,
@@ -31,6 +35,7 @@ def sample(
     seeds: torch.Tensor | None = None,
     noise: Callable[[int], torch.Tensor] | None = None,
     on_call: Callable[[int], None] | None = None,
+    graphs: bool = False,
 ) -> torch.Tensor:
     """Sample every leaf of a plan.
 
@@ -38,7 +43,7 @@ def sample(
         denoise: `denoise(model_input, timestep, condition_rows)` → model output. `model_input` [k·R, ...] is already scaled
             for the solver, in `x_init`'s dtype at the first call and in the model output's from then on; k is 2 under
             guidance (negative half first), else 1; `timestep` is a 0-dim float32 tensor; `condition_rows` has the structure
-            of `conditions` with k·R rows.
+            of `conditions` with k·R rows. A `sage.CapturedDenoiser` runs as CUDA graphs, which it keeps for the next run.
         plan: over B leaves; resolved here against the table's calls.
         table: the solver's coefficients (`sage.solvers.table_for`), one row per call. A table that begins later (img2img:
             `table_for(scheduler, begin=...)`) starts there, and the plan is resolved on the calls that remain.
@@ -51,62 +56,88 @@ def sample(
             representative's.
         noise: instead of `seeds`: `noise(call)` → [B, ...], the leaves' draws at that call.
         on_call: called with R_s after each call; for progress bars.
+        graphs: capture the denoiser calls of this run as CUDA graphs, one per row count, and replay them: for a denoiser that
+            the host cannot feed fast enough. Opt-in, because a replay repeats what the GPU did at the capture: `denoise` must
+            be a function of its inputs alone (no counter, no branch on a timestep's value), see `sage.CapturedDenoiser`. One
+            that cannot be captured runs without graphs, with a RuntimeWarning that says why.
 
     Returns:
         [B, ...], dtype of `x_init`: the denoised latents in the order of the plan's leaves.
 
     Raises:
         ValueError: rows that do not match the plan, a stochastic table without `seeds` or `noise`, guidance without
-            `negative_conditions`. Raised before the first denoiser call.
+            `negative_conditions`, graphs on a device other than CUDA. Raised before the first denoiser call.
+        NotImplementedError: graphs where gradients are enabled.
     """
     _check(plan, table, x_init, conditions, negative_conditions, guidance_scale, seeds, noise)
+    captured = denoise if isinstance(denoise, CapturedDenoiser) else CapturedDenoiser(denoise) if graphs else None
+    if captured is not None:
+        captured.check(x_init.device)
     guided = guidance_scale != 1.0
     device, first = x_init.device, int(table.rows.any(axis=1).argmax())  # rows before `begin` are zero
     resolved = plan.resolve(len(table) - first, [stage == 0 for stage in table.stage[first:]])
-    coefficients, timesteps = table.tensor(device), torch.tensor(table.timesteps, dtype=torch.float32, device=device)
-    partitions = PlanRows(resolved)
-    guidance = guidance_scale if guided else None
-    schedule = [_Call(partitions, s, first + s, guidance, seeds, device) for s in range(resolved.num_calls)]
+    coefficients, timesteps = table.tensor(device), torch.tensor(table.timesteps[first:], dtype=torch.float32, device=device)
+    calls = _schedule(resolved, first, table.history, guidance_scale if guided else None, seeds, device)
 
-    x = x_init.index_select(0, schedule[0].rows.representatives.to(device))
+    x = x_init.index_select(0, calls[0].rows.representatives.to(device))
     model_input = x * table.input_scale
     if guided:
         model_input = torch.cat([model_input, model_input])
     history: list[torch.Tensor] = []  # m1, m2, m3: what the solver stored, newest first
-    history_rows: list[torch.Tensor] = []  # for each, the row of every current node in it
     last_sample = None
-    condition_rows = rows = None
-    for s, call in enumerate(schedule):
-        if call.rows is not rows:
-            rows = call.rows
-            condition_rows = _condition_rows(conditions, negative_conditions if guided else None, rows)
-        output = denoise(model_input, timesteps[first + s], condition_rows)
-        uncond, cond = output.chunk(2) if guided else (None, output)
-        parent = call.parent
-        history_rows = [index.index_select(0, parent) for index in history_rows]
-        out = branch_step(
-            x,
-            cond,
-            coefficients,
-            call.step,
-            parent,
-            uncond_output=uncond,
-            guidance=call.guidance,
-            history=tuple(history),
-            history_parent=tuple(history_rows),
-            last_sample=last_sample,
-            noise=None if noise is None else noise(s).to(device=device, dtype=torch.float32),
-            noise_index=None if noise is None else call.representative,
-            seed=call.seed,
-            want_corrected=table.corrector,
-            model_input="double" if guided else "single",
-        )
-        x, last_sample, model_input = out.sample, out.corrected, out.model_input
-        history = [out.denoised, *history][: table.history]
-        history_rows = [call.itself, *history_rows][: table.history]
-        if on_call is not None:
-            on_call(rows.num_nodes)
+    conditions_of = functools.partial(_condition_rows, conditions, negative_conditions if guided else None)
+    run = _Eager(denoise if captured is None else captured.denoise, timesteps, [call.rows for call in calls], conditions_of)
+    rows_after = [len(call.parent) for call in calls]
+    with contextlib.nullcontext(run) if captured is None else captured.run(run, x, model_input, rows_after, table) as run:
+        for s, call in enumerate(calls):
+            output = run(s, model_input)
+            uncond, cond = output.chunk(2) if guided else (None, output)
+            out = branch_step(
+                x,
+                cond,
+                coefficients,
+                call.step,
+                call.parent,
+                uncond_output=uncond,
+                guidance=call.guidance,
+                history=tuple(history),
+                history_parent=call.history_parent,
+                last_sample=last_sample,
+                noise=None if noise is None else noise(s).to(device=device, dtype=torch.float32),
+                noise_index=None if noise is None else call.representative,
+                seed=call.seed,
+                want_corrected=table.corrector,
+                model_input=call.model_input,
+                out=run.out(s),
+            )
+            x, last_sample, model_input = out.sample, out.corrected, out.model_input
+            history = [out.denoised, *history][: table.history]
+            if on_call is not None:
+                on_call(call.rows.num_nodes)
     return x
+
+
+class _Eager:
+    """The denoiser calls of a run, one after the other; every result is new memory."""
+
+    def __init__(self, denoise, timesteps: torch.Tensor, rows: list[Rows], conditions_of: Callable[[Rows], Any]):
+        self.timesteps = timesteps  # [S]
+        self._denoise, self._rows, self._conditions_of = denoise, rows, conditions_of
+        self._partition = self._condition_rows = None
+
+    def condition_rows(self, s: int) -> Any:
+        """The conditions of call s, made anew only where the partition changes."""
+        if self._rows[s] is not self._partition:
+            self._partition = self._rows[s]
+            self._condition_rows = self._conditions_of(self._partition)
+        return self._condition_rows
+
+    def __call__(self, s: int, model_input: torch.Tensor) -> torch.Tensor:
+        return self._denoise(model_input, self.timesteps[s], self.condition_rows(s))
+
+    def out(self, s: int) -> None:
+        """Where `branch_step` writes after call s: into new memory."""
+        return None
 
 
 class _Call:
@@ -116,18 +147,34 @@ class _Call:
     as its parent node does: children of one node part by their conditions alone.
     """
 
-    def __init__(self, partitions: PlanRows, s: int, row: int, guidance: float | None, seeds, device: torch.device):
+    def __init__(self, partitions: PlanRows, s: int, row: int, ancestors, guidance: float | None, seeds, device: torch.device):
         plan = partitions.plan
         self.rows = partitions.at(s)
-        parent = plan.labels(s) if s == plan.num_calls - 1 else plan.parent(s)
+        parent = _parent(plan, s)
         representative = plan.representatives(s)[parent]
         ints = dict(dtype=torch.int32, device=device)
         self.parent = torch.tensor(parent, **ints)  # [R_{s+1}]
+        self.history_parent = tuple(torch.tensor(index, **ints) for index in ancestors)  # m1, m2, m3: [R_{s+1}] each
         self.representative = torch.tensor(representative, **ints)  # [R_{s+1}] leaf
-        self.itself = torch.arange(len(parent), **ints)
         self.step = torch.full((len(parent),), row, **ints)
         self.guidance = None if guidance is None else torch.full((len(parent),), guidance, device=device)
         self.seed = None if seeds is None else seeds[torch.from_numpy(np.array(representative))].to(device)
+        self.model_input = None if s == plan.num_calls - 1 else "single" if guidance is None else "double"
+
+
+def _schedule(plan: ResolvedPlan, first: int, history: int, guidance: float | None, seeds, device: torch.device) -> list[_Call]:
+    partitions, ancestors, calls = PlanRows(plan), [], []
+    for s in range(plan.num_calls):
+        parent = _parent(plan, s)
+        # m1 has the rows that the state has now, m2 those of a call earlier: one more generation back.
+        ancestors = [parent, *(index[parent] for index in ancestors)][: min(s, history)]
+        calls.append(_Call(partitions, s, first + s, ancestors, guidance, seeds, device))
+    return calls
+
+
+def _parent(plan: ResolvedPlan, s: int) -> np.ndarray:
+    """int64 [R_{s+1}]: the node of call s that each row after it comes from."""
+    return plan.labels(s) if s == plan.num_calls - 1 else plan.parent(s)
 
 
 def _condition_rows(conditions: Any, negative: Any, rows: Rows) -> Any:
