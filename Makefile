@@ -2,6 +2,9 @@
 # make test   all tests
 # Both build and run in a virtual environment of their own; nothing outside this folder changes.
 #
+# make gpu    with the packages of PYTHON, nothing installed: build, tests, sanitizers and benchmarks on a GPU; DRY=1 lists the steps
+#             STEPS="build tests" only these   DEVICE=cpu QUICK=1 what needs no GPU   RESULTS where the JSON goes
+#
 # TORCH   what to install as torch, any pip arguments: make demo TORCH="torch==2.13.0 --index-url URL"
 # VENV    where the environment goes                   PYTHON  what makes it          OUT  where the pictures go
 
@@ -18,7 +21,7 @@ OUT ?= demo-out
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet
 NATIVE := setup.py pyproject.toml constraints.txt $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: help demo test
+.PHONY: help demo test gpu
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
 
@@ -45,3 +48,8 @@ demo: $(VENV)/sage.txt
 
 test: $(VENV)/test.txt
 	$(VENV)/bin/python -m pytest -q
+
+gpu: export PYTHONPATH := $(PYTHONPATH)
+gpu:
+	$(PYTHON) benchmarks/gpu_worklist.py $(if $(STEPS),--steps $(STEPS)) $(if $(DEVICE),--device $(DEVICE)) \
+		$(if $(RESULTS),--results $(RESULTS)) $(if $(QUICK),--quick) $(if $(DRY),--dry-run)

@@ -1,254 +1,269 @@
-"""One call of `branch_step` against what diffusers does between two denoiser calls.
+"""One call of `branch_step` against everyone who can do the same between two denoiser calls.
 
-    python benchmarks/bench_ops.py --out benchmarks/results/ops.json
+    python benchmarks/bench_ops.py --out benchmarks/results/cpu_ops.json          on a CPU, with both thread counts
+    python benchmarks/bench_ops.py --device cuda --out ops.json --plot ops.png    on a GPU: cuda and triton backends
+    python benchmarks/bench_ops.py --quick                                        a minute's look; every check still runs
 
-diffusers: guidance on the two halves of a model output, `scheduler.step`, `torch.cat` of the result with itself, and
-`scale_model_input`. Ours: one `branch_step` that returns the same (the doubled, scaled model input) and keeps what the solver
-needs. Both on the same tensors and threads, in turn; both allocate their results; stochastic solvers draw their own noise
-(diffusers with torch.randn, ours inside the kernel). State and model output have the same dtype, as in a diffusers pipeline.
+Contenders, in turn within one process, on the same tensors:
 
-Before anything is timed, ours must equal the plain-torch reference bit by bit, and both must agree with float64.
+  cpu / cuda / triton   one `branch_step`: guidance, solver update, copy at a branch, doubled model input
+  diffusers             guidance, `scheduler.step`, index_select at a branch, `torch.cat`, `scale_model_input`
+  torch.compile         the same mathematics in one compiled function (ops_compiled.py)
+  copy                  a plain copy that moves as many bytes as ours must
+
+All allocate their results; stochastic solvers draw their own noise. Before anything is timed ours must equal the plain-torch
+reference bit by bit, and everyone must agree with float64: a case in which someone does not is refused, and the exit status is 1.
+
+On a CPU a time is wall time, with caches as the contender's own last call left them. On a GPU it is device time by CUDA events,
+inputs and outputs cold in L2 (buffers are rotated), with the calls queued ahead so that the host does not count; `call` is wall
+time per call when the host does count, and `host` marks contenders for which it is clearly longer. Times are medians; p20-p80 is
+the spread of the samples, each a mean over several calls where one is too short to time.
 """
 
 import argparse
+import gc
+import itertools
+import json
+import sys
 import time
-from dataclasses import dataclass, field
+from pathlib import Path
 
-import diffusers
+import ops_cases
+import ops_report
 import torch
-from harness import copy_bandwidth, environment, in_turn, ratio, spread, write_json
-from readme_tables import markdown_table
+from harness import HOST_BOUND, device_sampler, environment, host_sampler, in_turn, ratio, short, spread, write_json
+from ops_cases import Case, Key, LIMIT_BYTES, WrongResult
+from ops_compiled import CompiledUpdate
 
 import sage_kernels
-import sage_kernels.testing
-from sage.solvers import NotInTable, SOLVERS, noise_dtype, table_for
-from sage_kernels import reference
-from sage_kernels.testing import same_bits
+from sage_kernels import backends
+from sage_kernels.testing import table_row
 
-SIZES = {
-    "SD 4x64x64": (4, 64, 64),
-    "SDXL 4x128x128": (4, 128, 128),
-    "Flux 4096x64": (4096, 64),
-    "video 16x21x60x104": (16, 21, 60, 104),
+HEADLINE = "dpm++2m"  # measured first
+QUICK = {
+    "solvers": [HEADLINE, "dpm++2m-sde"],
+    "sizes": ["SD"],
+    "rows": [1],
+    "fan_outs": [1, 4],
+    "dtypes": ["fp32"],
+    "seconds": 0.1,
 }
-CHOSEN = ("ddim", "euler", "euler-a", "dpm++2m", "dpm++2m-sde", "unipc", "lcm", "heun", "flow-euler")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-# Largest error against float64, relative to the largest value: a few roundings of the dtype which diffusers computes in.
-TOLERANCE = {"float32": 2e-5, "bfloat16": 2**-5}
-GUIDANCE = 7.5
+LARGE = (("video", 1), ("Flux", 8))  # sizes and rows at which thread counts are compared
 
 
-@dataclass
-class Case:
-    """One solver at one size: diffusers' scheduler in the middle of a run, and the same state for our op."""
-
-    solver: str
-    shape: tuple
-    dtype: torch.dtype
-    calls: int = 1  # denoiser calls timed together: the two stages of a Heun step
-    history: tuple = ()
-    last: torch.Tensor | None = None
-    outputs: list = field(default_factory=list)  # [2, *shape] each: unconditional, conditional
-
-    def __post_init__(self):
-        name, overrides = SOLVERS[self.solver]
-        self.scheduler = getattr(diffusers, name)(**overrides)
-        self.scheduler.set_timesteps(8)
-        self.table = table_for(self.scheduler)
-        self.timesteps = self.scheduler.timesteps
-        self.at, self.calls = 4, 2 if self.solver == "heun" else 1
-        self.guidance = torch.full((1,), GUIDANCE)
-        self.row = torch.zeros(1, dtype=torch.int32)
-        self.seed = torch.arange(1) if self.table.stochastic else None
-        self.steps = [torch.full((1,), i, dtype=torch.int32) for i in range(len(self.table))]
-        self.coefficients = self.table.tensor("cpu")
-        self._run_up()
-
-    def _run_up(self):
-        """Run both up to the timed call, ours from diffusers' sample each time, so that only one call's error counts."""
-        draw = torch.Generator().manual_seed(0)
-        x = (torch.randn(1, *self.shape, generator=draw) * float(getattr(self.scheduler, "init_noise_sigma", 1.0))).to(self.dtype)
-        self.outputs = [torch.randn(2, *self.shape, generator=draw).to(self.dtype) for _ in range(self.at + self.calls)]
-        self.x, self.generator = x, torch.Generator().manual_seed(1)
-        for i in range(self.at):
-            step = self.branch_step(i, x, self.history, self.last)
-            x = self._diffusers_step(i, x)
-            self.history, self.last = self._kept(step, self.history)
-        self.x = x
-
-    def _kept(self, step, history):
-        return (step.denoised, *history)[: self.table.history], step.corrected
-
-    def _options(self):
-        takes_no_generator = self.solver in ("unipc", "heun")
-        return {"return_dict": False} | ({} if takes_no_generator else {"generator": self.generator})
-
-    def _diffusers_step(self, i, x):
-        uncond, cond = self.outputs[i].chunk(2)
-        guided = uncond + GUIDANCE * (cond - uncond)
-        return self.scheduler.step(guided, self.timesteps[i], x, **self._options())[0]
-
-    def diffusers(self):
-        """The timed call as a pipeline makes it. Returns (x', doubled model input) of the last one."""
-        scheduler, x = self.scheduler, self.x
-        scheduler._step_index = self.at
-        for i in range(self.at, self.at + self.calls):
-            x = self._diffusers_step(i, x)
-            doubled = torch.cat([x] * 2)
-            if hasattr(scheduler, "scale_model_input"):
-                doubled = scheduler.scale_model_input(doubled, self.timesteps[i + 1])
-        return x, doubled
-
-    def branch_step(self, i, x, history, last, **options):
-        uncond, cond = self.outputs[i].chunk(2)
-        noise = {} if "noise" in options else {"seed": self.seed}
-        return sage_kernels.branch_step(
-            x, cond, self.coefficients, self.steps[i], self.row, uncond_output=uncond, guidance=self.guidance,
-            history=history, last_sample=last, want_corrected=self.table.corrector, model_input="double", **noise, **options,
-        )  # fmt: skip
-
-    def ours(self, **options):
-        """The same with our op. Returns what the last one returns."""
-        x, history, last = self.x, self.history, self.last
-        for i in range(self.at, self.at + self.calls):
-            step = self.branch_step(i, x, history, last, **options)
-            x, (history, last) = step.sample, self._kept(step, history)
-        return step
-
-    def check(self, dtype_name):
-        """Raise unless ours equals the reference by bits, and both agree with float64 from the same noise."""
-        own, expected = self.ours(), self.ours(backend="reference")
-        if not all(same_bits(a, b) for a, b in zip(own, expected)):
-            raise AssertionError(f"{self.solver} {self.shape} {dtype_name}: branch_step differs from the reference")
-        noise, state = {}, self.generator.get_state()
-        if self.table.stochastic:
-            drawn_in = noise_dtype(self.scheduler, self.dtype, self.dtype)
-            noise = {"noise": torch.randn(1, *self.shape, generator=self.generator, dtype=drawn_in).float()}
-        self.generator.set_state(state)
-        theirs, own, exact = self.diffusers()[1], self.ours(**noise).model_input, self._exact(noise)
-        for name, value in (("diffusers", theirs), ("branch_step", own)):
-            error = float((value.double() - exact).abs().max() / exact.abs().max())
-            if not error < TOLERANCE[dtype_name]:
-                raise AssertionError(f"{self.solver} {self.shape} {dtype_name}: {name} is {error:.1e} away from float64")
-
-    def _exact(self, noise):
-        x, history, last = (self.x.double(), tuple(m.double() for m in self.history), self.last)
-        for i in range(self.at, self.at + self.calls):
-            uncond, cond = self.outputs[i].chunk(2)
-            x, m0, last, model_input = reference.branch_step(
-                x, cond, self.coefficients, self.steps[i], self.row, uncond_output=uncond, guidance=self.guidance,
-                history=history, last_sample=last, dtype=torch.float64, **noise,
-            )  # fmt: skip
-            history = (m0, *history)[: self.table.history]
-        return torch.cat([model_input] * 2)
-
-    def bytes(self):
-        """Compulsory traffic of one call of ours: x, the two outputs and what the row reads in; x', m0, xc and two inputs out."""
-        row = dict(zip(sage_kernels.COLUMNS, self.table.rows[self.at]))
-        reads = [row["u1"], row["u3"] or row["b1"], row["u4"] or row["b2"], row["u5"]]
-        tensors = 1 + 2 + sum(map(bool, reads)) + 2 + self.table.corrector + 2
-        return tensors * self.x.numel() * self.x.element_size()
+def parse():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    shapes = ", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in ops_cases.SIZES.items())
+    several, counts = {"nargs": "+", "metavar": "NAME"}, {"nargs": "+", "type": int, "metavar": "N"}
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    parser.add_argument("--solvers", **several, default=ops_cases.SOLVERS_BY_DEFAULT, choices=ops_cases.SOLVERS_KNOWN,
+                        help=f"any of {', '.join(ops_cases.SOLVERS_KNOWN)} (default: the first {len(ops_cases.SOLVERS_BY_DEFAULT)})")
+    parser.add_argument("--sizes", **several, default=list(ops_cases.SIZES), choices=ops_cases.SIZES, help=f"any of {shapes}")
+    parser.add_argument("--rows", **counts, default=ops_cases.ROWS, help="latents that come in (default: 1 8 32 256)")
+    parser.add_argument("--fan-outs", **counts, default=ops_cases.FAN_OUTS, help="children of each (default: 1 4)")
+    parser.add_argument("--dtypes", **several, default=list(ops_cases.DTYPES), choices=ops_cases.DTYPES,
+                        help=f"model/state: any of {', '.join(ops_cases.DTYPES)}")
+    parser.add_argument("--limit-mb", type=float, default=None,
+                        help="leave out cases whose call must move more than this (default: 128 on a CPU, 3072 on a GPU)")
+    parser.add_argument("--threads", **counts, default=None,
+                        help="CPU threads; further counts are compared with the first on large latents (default: 1 2 on a CPU)")
+    parser.add_argument("--seconds", type=float, default=None,
+                        help="time for the rounds of each case (default: 1 on a CPU, 0.1 on a GPU)")
+    parser.add_argument("--budget", type=float, default=None, help="start no further case after this many seconds")
+    parser.add_argument("--resume", action="store_true",
+                        help="measure only what --out does not hold yet of this device and these sources, and add to it")
+    parser.add_argument("--quick", action="store_true", help="one size, two solvers, few rows, a tenth of a second each")
+    parser.add_argument("--out", default=None, help="JSON to write: environment, settings, tables, raw samples")
+    parser.add_argument("--plot", default=None, help="PNG or SVG to draw: share of copy bandwidth against bytes moved")
+    args = parser.parse_args()  # fmt: skip
+    on_gpu = torch.device(args.device).type == "cuda"
+    if args.quick:
+        vars(args).update(QUICK)
+    args.threads = args.threads or ([torch.get_num_threads()] if on_gpu else [1] if args.quick else [1, 2])
+    args.seconds = args.seconds or (0.1 if on_gpu else 1.0)
+    args.limit_mb = args.limit_mb or LIMIT_BYTES[torch.device(args.device).type] / 2**20
+    return args
 
 
-def measure(solver, size, dtype_name, seconds):
-    case = Case(solver, SIZES[size], DTYPES[dtype_name])
-    case.check(dtype_name)
-    times = in_turn({"diffusers": case.diffusers, "ours": case.ours}, seconds=seconds)
-    per_call = {name: [t * 1e6 / case.calls for t in values] for name, values in times.items()}
-    theirs, ours = spread(per_call["diffusers"]), spread(per_call["ours"])
-    return {
-        "solver": solver,
-        "size": size,
-        "dtype": dtype_name,
-        "elements": case.x.numel(),
-        "diffusers_us": theirs,
-        "ours_us": ours,
-        "ratio": ratio(times, "ours", "diffusers"),
-        "bytes": case.bytes(),
-        "gigabytes_per_second": case.bytes() / ours["median"] / 1e3,
-        "raw_us": {name: [round(t, 2) for t in values] for name, values in per_call.items()},
+def our_backends(device):
+    """Backends to measure on a device; says why one is missing, and gives up when all are."""
+    wanted = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}[torch.device(device).type]
+    refusals = {name: backends.available()[name] for name in wanted}
+    for name, reason in refusals.items():
+        if reason is not None:
+            print(f"backend {name} is not measured: {reason}")
+    found = [name for name, reason in refusals.items() if reason is None]
+    return found or sys.exit("bench_ops: none of our backends runs on this device; see `sage info`")
+
+
+def keys(args):
+    """Every case within the byte limit, and the labels of those beyond it; the headline's first, then those of few rows."""
+    every = [Key(*names) for names in itertools.product(args.solvers, args.sizes, args.dtypes, args.rows, args.fan_outs)]
+    every.sort(key=lambda key: (key.solver != HEADLINE, key.rows, key.fan_out))
+    tables = {solver: ops_cases.timed_calls(solver) for solver in args.solvers}
+    beyond = [key for key in every if ops_cases.traffic(key, *tables[key.solver]) > args.limit_mb * 2**20]
+    return [key for key in every if key not in set(beyond)], [key.label() for key in beyond]
+
+
+def contenders(case, ours):
+    """{name: function of buffers}, each checked."""
+    for backend in ours:
+        case.check_ours(backend)
+    case.check_diffusers()
+    compiled = CompiledUpdate(case)
+    compiled.check()
+    named = {backend: lambda at, backend=backend: case.ours(at, backend) for backend in ours}
+    return named | {"diffusers": case.diffusers, "torch.compile": compiled, "copy": case.plain_copy}
+
+
+def rotating(functions, buffers):
+    """{name: function without arguments}: each call takes the next buffers, whoever calls, and its results live until their turn."""
+    turn = [0]
+
+    def rotate(function):
+        kept = [None] * len(buffers)
+
+        def run():
+            i = turn[0] = (turn[0] + 1) % len(buffers)
+            kept[i] = function(buffers[i])
+
+        return run
+
+    return {name: rotate(function) for name, function in functions.items()}
+
+
+def measure(key, device, ours, seconds):
+    """Check and time a case; returns its line of the JSON."""
+    case = Case(key, device)
+    functions = contenders(case, ours)
+    on_gpu = case.device.type == "cuda"
+    case.spread_over(torch.cuda.get_device_properties(case.device).L2_cache_size if on_gpu else 0)
+    calls, nbytes = len(case.calls), case.bytes()
+    runs = rotating(functions, case.buffers)
+    clock = device_sampler if on_gpu else host_sampler
+    samples = in_turn({name: clock(run, case.device) for name, run in runs.items()}, seconds=seconds)
+    times = {name: spread([1e6 * t / calls for t in values]) for name, values in samples.items()}
+    line = key._asdict() | {
+        "rows_out": key.rows * key.fan_out,
+        "elements": torch.Size(case.shape).numel(),
+        "bytes": nbytes,
+        "buffers": len(case.buffers),
+        "us": times,
+        "ratio": {name: {rival: ratio(samples, name, rival) for rival in samples if rival not in ours} for name in ours},
+        "gigabytes_per_second": {name: short(nbytes / t["median"] / 1e3) for name, t in times.items()},
+        "of_copy": {name: short(times["copy"]["median"] / t["median"]) for name, t in times.items()},
+        "raw_us": {name: [short(1e6 * t / calls) for t in values] for name, values in samples.items()},
     }
+    if on_gpu:
+        walls = in_turn({name: host_sampler(run, case.device) for name, run in runs.items()}, seconds=seconds / 2, most=9)
+        line["call_us"] = {name: spread([1e6 * t / calls for t in values]) for name, values in walls.items()}
+        line["host_bound"] = [name for name, t in line["call_us"].items() if t["median"] > HOST_BOUND * times[name]["median"]]
+    return line
 
 
-def table(rows):
-    """Solver by size and dtype: how many times faster, for the README."""
-    columns = [(size, dtype) for size in dict.fromkeys(r["size"] for r in rows) for dtype in dict.fromkeys(r["dtype"] for r in rows)]
-    ratios = {(r["solver"], r["size"], r["dtype"]): r["ratio"]["median"] for r in rows}
-    short = {"float32": "fp32", "bfloat16": "bf16"}
-    return {
-        "columns": ["times faster", *(f"{size.split()[0]} {short[dtype]}" for size, dtype in columns)],
-        "rows": [[solver, *(ratios.get((solver, *c)) for c in columns)] for solver in dict.fromkeys(r["solver"] for r in rows)],
-        "formats": [None, *[".1f"] * len(columns)],
-    }
+def measure_threads(args, ours):
+    """Every contender with one thread count and another, in turn, on large latents. Returns lines of the JSON."""
+    lines, first = [], args.threads[0]
+    for size, rows in LARGE:
+        for dtype in args.dtypes:
+            key = Key(HEADLINE, size, dtype, rows, 1)
+            case = Case(key, "cpu")
+            runs = rotating(contenders(case, ours), case.buffers)
+            samplers = {(name, count): _threaded(run, count) for name, run in runs.items() for count in args.threads}
+            samples = in_turn(samplers, seconds=2 * args.seconds)
+            for name in runs:
+                times = {count: spread([1e6 * t for t in samples[name, count]]) for count in args.threads}
+                gain = {count: ratio(samples, (name, count), (name, first)) for count in args.threads[1:]}
+                lines.append({"size": size, "rows": rows, "dtype": dtype, "contender": name, "us": times, "times_faster": gain})
+            torch.compiler.reset()
+    torch.set_num_threads(first)
+    return lines
 
 
-def detail(rows, bandwidth):
-    """Everything measured, for the terminal."""
-    columns = ["solver", "dtype", "size", "diffusers us", "ours us", "p20-p80", "ratio", "GB/s", "of copy"]
-    cells = [
-        [r["solver"], r["dtype"], r["size"], r["diffusers_us"]["median"], r["ours_us"]["median"],
-         f"{r['ours_us']['p20']:.0f}-{r['ours_us']['p80']:.0f}", r["ratio"]["median"], r["gigabytes_per_second"],
-         r["gigabytes_per_second"] / bandwidth[r["size"]][r["dtype"]]]
-        for r in rows
-    ]  # fmt: skip
-    return markdown_table(columns, cells, [None, None, None, ".1f", ".1f", None, ".2f", ".1f", ".0%"])
+def _threaded(run, count):
+    """A sampler of `run` at a thread count, which is set outside the timed part; torch.compile makes a version for each."""
+    torch.set_num_threads(count)
+    timed = host_sampler(run)
+
+    def sample():
+        torch.set_num_threads(count)
+        return timed()
+
+    return sample
 
 
-def overhead(seconds):
-    """Microseconds of one call on a single element: what is not arithmetic."""
-    one = torch.ones(1, 1)
-    step = torch.zeros(1, dtype=torch.int32)
-    row = sage_kernels.testing.table_row(p=1.0, q=-0.5, a=0.5, b0=0.5)
+def overhead(device, seconds):
+    """Microseconds of one call on a single element, as the host sees it: what is not arithmetic."""
+    one, step = torch.ones(1, 1, device=device), torch.zeros(1, dtype=torch.int32, device=device)
+    row = table_row(p=1.0, q=-0.5, a=0.5, b0=0.5).to(device)
     plain = lambda: sage_kernels.branch_step(one, one, row, step, step)  # noqa: E731
     out = plain()
     into = lambda: sage_kernels.branch_step(one, one, row, step, step, out=out)  # noqa: E731
-    times = in_turn({"allocating": plain, "into out": into}, seconds=seconds, most=3000)
-    return {name: spread([t * 1e6 for t in values]) for name, values in times.items()}
+    samples = in_turn({"allocating": host_sampler(plain, device), "into out": host_sampler(into, device)}, seconds=seconds)
+    return {name: spread([t * 1e6 for t in values]) for name, values in samples.items()}
+
+
+def run(args, done):
+    """Measure what is not in `done` (lines of an earlier run). Returns the result, and whether every result was right."""
+    started, ours = time.perf_counter(), our_backends(args.device)
+    chosen, beyond = keys(args)
+    known = {tuple(line[name] for name in Key._fields) for line in done}
+    todo = [key for key in chosen if key not in known]
+    lines, refused, left = list(done), [], []
+    for i, key in enumerate(todo):
+        if args.budget and time.perf_counter() - started > args.budget:
+            left = [key.label() for key in todo[i:]]
+            break
+        print(f"[{i + 1}/{len(todo)}] {key.label()}", flush=True)
+        try:
+            lines.append(measure(key, args.device, ours, args.seconds))
+        except WrongResult as wrong:
+            refused.append(str(wrong))
+            print(f"REFUSED: {wrong}")
+        except torch.OutOfMemoryError:
+            beyond.append(key.label())
+            print("left out: too little memory")
+        torch.compiler.reset()
+        gc.collect()
+    threads = measure_threads(args, ours) if len(args.threads) > 1 and not left else []
+    result = {
+        "environment": environment(args.device),
+        "settings": {name: value for name, value in vars(args).items() if name not in ("out", "plot")}
+        | {"guidance": ops_cases.GUIDANCE, "caches": "own" if args.device == "cpu" else "L2 cold"},
+        "bytes": ops_cases.BYTES_FORMULA,
+        "backends": ours,
+        "overhead_us": overhead(args.device, args.seconds),
+        "refused": refused,
+        "beyond_the_limit": beyond,
+        "left_for_later": left,
+        "wall_seconds": short(time.perf_counter() - started),
+        "lines": lines,
+        "threads": threads,
+    }
+    return result | ops_report.tables(result)
+
+
+def held(args):
+    """The lines of --out that --resume may keep: those of this device and of these sources."""
+    if not (args.resume and args.out and Path(args.out).exists()):
+        return []
+    before, now = json.loads(Path(args.out).read_text(encoding="utf-8")), environment(args.device)
+    same = all(before["environment"].get(name) == now[name] for name in ("device", "sources"))
+    return before["lines"] if same else []
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", default=None, help="JSON to write")
-    parser.add_argument("--solvers", nargs="+", default=CHOSEN, choices=sorted(SOLVERS))
-    parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=list(SIZES))
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--seconds", type=float, default=2.0, help="time for the rounds of each case")
-    parser.add_argument("--quick", action="store_true", help="two sizes, a quarter of a second each")
-    args = parser.parse_args()
-    if args.quick:
-        args.sizes, args.seconds = list(SIZES)[:2], 0.25
-    torch.set_num_threads(args.threads)
-    started = time.perf_counter()
-    bandwidth = {
-        size: {name: copy_bandwidth(8 * torch.Size(SIZES[size]).numel() * dtype.itemsize) / 1e9 for name, dtype in DTYPES.items()}
-        for size in args.sizes
-    }
-    rows = []
+    args = parse()
+    torch.set_num_threads(args.threads[0])
     with torch.no_grad():
-        for size in args.sizes:
-            for solver in args.solvers:
-                for dtype_name in DTYPES:
-                    try:
-                        rows.append(measure(solver, size, dtype_name, args.seconds))
-                    except NotInTable as refusal:
-                        print(f"{solver}: {refusal}")
-        fixed = overhead(args.seconds / 4)
-    print(detail(rows, bandwidth))
-    print(markdown_table(**table(rows)))
-    result = {
-        "environment": environment(),
-        "settings": {"threads": args.threads, "seconds": args.seconds, "guidance": GUIDANCE, "caches": "warm, for both"},
-        "bytes": "(1 sample + 2 model outputs + history read + x' + m0 + xc if kept + 2 model inputs) * elements * itemsize",
-        "copy_gigabytes_per_second": bandwidth,
-        "overhead_us": fixed,
-        "wall_seconds": time.perf_counter() - started,
-        "rows": rows,
-        "table": table(rows),
-    }
-    print({name: f"{v['median']:.1f} us" for name, v in fixed.items()}, f"{result['wall_seconds']:.0f} s")
+        result = run(args, held(args))
     if args.out:
         write_json(args.out, result)
+    if args.plot:
+        ops_report.plot(result, args.plot)
+    print(ops_report.text(result))
+    return int(bool(result["refused"]))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

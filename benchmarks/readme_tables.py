@@ -7,8 +7,9 @@ A block is `<!-- table:NAME -->` … `<!-- /table -->`; NAME is benchmarks/resul
 
     "table": {"columns": ["solver", "saved", …], "rows": [["ddim", 0.251, …], …], "formats": [null, ".1%", …]}
 
-`formats` may be left out; it says how the numbers of a column are written. Whatever else the JSON holds (machine, command,
-raw samples) is for the reader who follows the link below the table.
+`formats` may be left out; it says how the numbers of a column are written. `<!-- table:NAME:KEY -->` takes "tables"[KEY] instead,
+for a JSON with several. Whatever else the JSON holds (machine, command, raw samples) is for the reader who follows the link below
+the table.
 """
 
 from __future__ import annotations
@@ -20,27 +21,30 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = "benchmarks/results"
-BLOCK = re.compile(r"<!-- table:([a-z0-9_-]+) -->\n.*?<!-- /table -->", re.DOTALL)
+BLOCK = re.compile(r"<!-- table:([a-z0-9_-]+)(?::([a-z0-9_-]+))? -->\n.*?<!-- /table -->", re.DOTALL)
 
 
 def filled(readme: str, root: Path = ROOT) -> str:
     """The README's text with every block made again from its JSON."""
-    return BLOCK.sub(lambda match: f"<!-- table:{match[1]} -->\n{_block(match[1], root)}\n<!-- /table -->", readme)
+    return BLOCK.sub(lambda match: f"{match[0].splitlines()[0]}\n{_block(match[1], match[2], root)}\n<!-- /table -->", readme)
 
 
-def _block(name: str, root: Path) -> str:
+def _block(name: str, key: str | None, root: Path) -> str:
     path = root / RESULTS / f"{name}.json"
     if not path.exists():
         return "*Not measured yet.*"
     data = json.loads(path.read_text(encoding="utf-8"))
-    if "table" not in data:
-        raise ValueError(f'{path}: wanted a key "table" with "columns" and "rows", got {", ".join(data)}')
+    tables, wanted = (data, "table") if key is None else (data.get("tables", {}), key)
+    if wanted not in tables:
+        raise ValueError(f'{path}: wanted a key "{wanted}" with "columns" and "rows", got {", ".join(tables)}')
     source = f"From [`{name}.json`]({RESULTS}/{name}.json)"
     ran = data.get("environment")
     if ran is not None:
         threads = "one thread" if ran["threads"] == 1 else f"{ran['threads']} threads"
-        source += f": `{ran['command']}`, {threads} of an {ran['processor']}, torch {ran['packages']['torch']}"
-    return f"{markdown_table(**data['table'])}\n\n{source}."
+        on_gpu = ran.get("device", "cpu") != "cpu"
+        where = f"one {ran['device']}" if on_gpu else f"{threads} of an {ran['processor']}"
+        source += f": `{ran['command']}`, {where}, torch {ran['packages']['torch']}"
+    return f"{markdown_table(**tables[wanted])}\n\n{source}."
 
 
 def markdown_table(columns: list[str], rows: list[list], formats: list[str | None] | None = None) -> str:

@@ -38,6 +38,16 @@ def test_a_block_is_filled_and_stays(tables, tmp_path):
     assert "Not measured yet" in tables.filled("<!-- table:y -->\n<!-- /table -->", tmp_path)
 
 
+def test_a_file_may_hold_several_tables(tables, tmp_path):
+    (tmp_path / tables.RESULTS).mkdir(parents=True)
+    data = {"tables": {"second": {"columns": ["solver"], "rows": [["ddim"]]}}}
+    (tmp_path / tables.RESULTS / "x.json").write_text(json.dumps(data))
+    text = tables.filled("<!-- table:x:second -->\n<!-- /table -->\n", tmp_path)
+    assert "| ddim |" in text and tables.filled(text, tmp_path) == text
+    with pytest.raises(ValueError, match='wanted a key "third"'):
+        tables.filled("<!-- table:x:third -->\n<!-- /table -->\n", tmp_path)
+
+
 def test_a_ragged_table_is_refused(tables):
     with pytest.raises(ValueError, match="wanted 2 values"):
         tables.markdown_table(["a", "b"], [[1]])
