@@ -65,6 +65,49 @@ void check_needs(const BranchStep& args) {
   }
 }
 
+bool alike(const int32_t* index, int64_t r) { return index == nullptr || index[r] == index[r - 1]; }
+
+// Whether output row r is made of the same as the row before it: siblings at a branch.
+bool repeats(const BranchStep& args, int64_t r) {
+  const RowsIn& noise = args.noise;
+  bool same = alike(args.sample.index, r) && alike(args.step, r) && alike(noise.index, r) && (noise.data == nullptr || noise.index);
+  for (const RowsIn& m : args.m) same = same && alike(m.index, r);
+  if (args.guidance) same = same && args.guidance[r] == args.guidance[r - 1];
+  if (args.seed) same = same && args.seed[r] == args.seed[r - 1] && args.call[r] == args.call[r - 1];
+  return same;
+}
+
+void copy_place(void* data, int64_t width, int64_t elements, int64_t from, int64_t to, int64_t begin, int64_t end) {
+  if (data == nullptr) return;
+  char* const bytes = static_cast<char*>(data) + begin * width;
+  memcpy(bytes + to * elements * width, bytes + from * elements * width, (end - begin) * width);
+}
+
+// The outputs of row `from` are those of row `to` too, at elements [begin, end).
+void copy_outputs(const BranchStep& args, int64_t from, int64_t to, int64_t begin, int64_t end) {
+  for (void* data : {args.next, args.denoised, args.corrected}) {
+    copy_place(data, size_of(args.state), args.elements, from, to, begin, end);
+  }
+  for (int32_t copy = 0; copy < args.copies; copy++) {
+    const int64_t half = copy * args.rows;
+    copy_place(args.model_input, size_of(args.model), args.elements, half + from, half + to, begin, end);
+  }
+}
+
+// On the CPU siblings are computed once and copied while they are in a cache.
+void branch_step_on_cpu(const BranchStep& args) {
+  std::vector<int64_t> first;  // of every run of rows that repeat
+  for (int64_t r = 0; r < args.rows; r++) {
+    if (r == 0 || !repeats(args, r)) first.push_back(r);
+  }
+  const auto runs = static_cast<int64_t>(first.size());
+  first.push_back(args.rows);
+  over_chunks(runs, args.elements, kSerialChunks, [&](int64_t run, int64_t begin, int64_t end) {
+    branch_step_cpu(args, first[run], begin, end);
+    for (int64_t r = first[run] + 1; r < first[run + 1]; r++) copy_outputs(args, first[run], r, begin, end);
+  });
+}
+
 }  // namespace
 
 void branch_step(Tensor sample, Tensor model_output, Tensor table, Tensor step, Tensor parent, MaybeTensor uncond_output,
@@ -161,8 +204,7 @@ void branch_step(Tensor sample, Tensor model_output, Tensor table, Tensor step, 
 #ifdef SAGE_CUDA
   if (!check.on_cpu()) return launch(check, branch_step_cuda, args);
 #endif
-  over_chunks(rows, args.elements, kSerialChunks,
-              [&](int64_t row, int64_t begin, int64_t end) { branch_step_cpu(args, row, begin, end); });
+  branch_step_on_cpu(args);
 }
 
 void normals(Tensor seed, Tensor call, int64_t tag, Tensor out) {

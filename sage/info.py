@@ -60,17 +60,28 @@ def info_text() -> str:
     facts = machine()
     lines = ["Versions", *_table(versions()), "", "Machine", *_table({k: facts[k] for k in ("system", "processor", "cores")})]
     lines += ["", "Devices that torch can use", *(f"  {device}" for device in _devices(torch))]
-    lines += ["", "Kernel backends"]
-    available = backends.available()
-    lines += _table({name: "ready" if reason is None else f"no: {reason}" for name, reason in available.items()})
+    lines += ["", "Kernel backends", *_backends(torch, backends)]
     build = backends.build_info()
-    if available.get("cpu") is None and hasattr(backends, "cpu_isa"):
-        lines += _table({"cpu runs": backends.cpu_isa()})
-    elif build.get("mend"):
-        lines += ["  to get the cpu backend:", f"    {build['mend']}"]
     lines += ["", "Build", *_table({k: v for k, v in build.items() if k != "mend" and v not in (None, [])})]
     lines += ["", "Model", *_table(_shipped())]
     return "\n".join(lines)
+
+
+def _backends(torch, backends) -> list[str]:
+    """What can run, why the rest cannot and what would change that, and which one tensors on each device get."""
+    available = backends.available()
+    lines = _table({name: "ready" if reason is None else f"no: {reason}" for name, reason in available.items()})
+    kinds = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    facts = {f"auto on {kind}": backends.resolve("auto", kind) for kind in kinds}
+    if available["cpu"] is None:
+        facts["cpu runs"] = backends.cpu_isa()
+    lines += _table(facts)
+    build = backends.build_info()
+    if available["cpu"] is not None and build["mend"]:
+        lines += ["  to get the cpu backend:", f"    {build['mend']}"]
+    if torch.version.cuda and "cuda" not in build["native"]:
+        lines += ["  to get the cuda backend:", f"    {backends.CUDA_MEND}"]
+    return lines
 
 
 def _devices(torch) -> list[str]:

@@ -24,6 +24,19 @@ from sage_kernels.version import __version__
 MEND = "pip install --no-build-isolation --force-reinstall --no-deps ."
 CUDA_MEND = f"SAGE_BUILD=cuda {MEND}"
 _INFO = Path(__file__).with_name("_build_info.json")
+_UNBUILT = {
+    "mode": None,
+    "native": [],
+    "reason": "this is a source tree in which nothing was built",
+    "mend": "pip install -e . --no-build-isolation --no-deps",
+    "torch": None,
+    "compiler": None,
+    "flags": None,
+    "nvcc": None,
+    "cuda_archs": [],
+    "cuda_reason": "no CUDA kernels were built",
+    "version": __version__,
+}
 # Devices each backend can run on; None: all.
 _KINDS = {"reference": None, "cpu": ("cpu",), "cuda": ("cuda",), "triton": ("cuda",)}
 
@@ -35,21 +48,7 @@ def build_info():
     `native` lists the compiled backends; `reason` says why it is empty, or is None; `mend` is the command which changes that;
     `cuda_reason` says why it has no CUDA kernels, or is None; `cuda_archs` are the GPU architectures of those it has.
     """
-    if not _INFO.exists():
-        return {
-            "mode": None,
-            "native": [],
-            "reason": "this is a source tree in which nothing was built",
-            "mend": "pip install -e . --no-build-isolation --no-deps",
-            "torch": None,
-            "compiler": None,
-            "flags": None,
-            "nvcc": None,
-            "cuda_archs": [],
-            "cuda_reason": "nothing was built",
-            "version": __version__,
-        }
-    return json.loads(_INFO.read_text())
+    return _UNBUILT | (json.loads(_INFO.read_text()) if _INFO.exists() else {})
 
 
 def _load():

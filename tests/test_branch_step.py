@@ -110,6 +110,22 @@ def test_shared_rows_and_broadcast_rows():
     assert_equals_reference((same, *positional[1:]), keyword, **EVERYTHING)
 
 
+@pytest.mark.parametrize("differs", [None, "step", "guidance", "seed", "call", "history_parent", "noise_index"])
+def test_siblings_are_alike_only_if_everything_they_are_made_of_is(runner, differs):
+    """Children of one parent may be computed once; one that differs in anything must not be."""
+    positional, keyword = random_case(seeded(4), 3, 8, (300,), noise="indexed" if differs == "noise_index" else "seed", history_parent=True)
+    alike = lambda t: t[:2].repeat_interleave(4)  # noqa: E731
+    keyword |= {name: alike(keyword[name]) for name in ("guidance", "seed", "call", "noise_index") if name in keyword}
+    keyword["history_parent"] = tuple(alike(t) for t in keyword["history_parent"])
+    named = {"step": alike(positional[3])} | keyword
+    if differs == "history_parent":
+        named[differs][2][2] = (named[differs][2][2] + 1) % 5
+    elif differs is not None:
+        named[differs][2] = (named[differs][2] + 1) % 3
+    step = named.pop("step")
+    assert_equals_reference((*positional[:3], step, alike(positional[4])), named, *runner, **EVERYTHING)
+
+
 def test_other_layouts_are_copied_and_said():
     positional, keyword = random_case(seeded(2), 2, 2, (4, 5, 6))
     layout = {"memory_format": torch.channels_last}
