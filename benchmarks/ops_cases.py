@@ -34,7 +34,7 @@ TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2**-5}
 CHECKED_AT_ONCE = 2**24  # elements: the reference needs many temporaries of each
 BYTES_FORMULA = (
     "read: rows_in * D * (S * (1 + how many of m1, m2, m3 and L the step reads) + 2 M); "
-    "written: rows_out * D * (S * (2, or 3 if xc is kept) + 2 M); "
+    "written: rows_out * D * (S * (1 + whether m0 is kept + whether xc is) + 2 M); "
     "D elements of a row, S and M bytes of a state and of a model element; children read their parent once"
 )
 
@@ -152,7 +152,8 @@ class Case:
         rows = self.rows[i]
         return sage_kernels.branch_step(
             x, cond, self.coefficients, rows["step"], rows["parent"], uncond_output=uncond, guidance=rows["guidance"],
-            history=history, last_sample=last, seed=rows["seed"], want_corrected=self.table.corrector, model_input="double", **options,
+            history=history, last_sample=last, seed=rows["seed"], want_denoised=self.table.history > 0, want_corrected=self.table.corrector,
+            model_input="double", **options,
         )  # fmt: skip
 
     def diffusers(self, at):
@@ -268,5 +269,5 @@ def traffic(key, table, calls):
         reads = [row["u1"], row["u3"] or row["b1"], row["u4"] or row["b2"], row["u5"]]
         rows_out = key.rows * (key.fan_out if i == calls[-1] else 1)
         total += key.rows * (state * (1 + sum(map(bool, reads))) + 2 * model)
-        total += rows_out * (state * (2 + table.corrector) + 2 * model)
+        total += rows_out * (state * (1 + (table.history > 0) + table.corrector) + 2 * model)
     return total * elements // len(calls)

@@ -113,7 +113,7 @@ void branch_step_on_cpu(const BranchStep& args) {
 void branch_step(Tensor sample, Tensor model_output, Tensor table, Tensor step, Tensor parent, MaybeTensor uncond_output,
                  MaybeTensor guidance, MaybeTensor m1, MaybeTensor m2, MaybeTensor m3, MaybeTensor m1_parent,
                  MaybeTensor m2_parent, MaybeTensor m3_parent, MaybeTensor last_sample, MaybeTensor noise,
-                 MaybeTensor noise_index, MaybeTensor seed, MaybeTensor call, Tensor next_sample, Tensor denoised,
+                 MaybeTensor noise_index, MaybeTensor seed, MaybeTensor call, Tensor next_sample, MaybeTensor denoised,
                  MaybeTensor corrected, MaybeTensor model_input) {
   const Checks check(kStep, sample);
   SAGE_WANT(sample.dim() > 0, kStep, "sample", "[R_in, *shape]", sample, "add a row dimension");
@@ -194,7 +194,7 @@ void branch_step(Tensor sample, Tensor model_output, Tensor table, Tensor step, 
     return data;
   };
   args.next = output("out.sample", next_sample, state, rows);
-  args.denoised = output("out.denoised", denoised, state, rows);
+  if (denoised) args.denoised = output("out.denoised", *denoised, state, rows);
   if (corrected) args.corrected = output("out.corrected", *corrected, state, rows);
   if (model_input) {
     args.copies = model_input->size(0) == 2 * rows ? 2 : 1;

@@ -52,8 +52,8 @@ struct BranchStep {
   const float* guidance;    // [R_out], null without uncond
   const int64_t* seed;      // [R_out], null without seeded noise
   const int32_t* call;      // [R_out]
-  void *next, *denoised;    // [R_out, elements], state dtype, dense
-  void* corrected;          // the same, or null
+  void* next;               // [R_out, elements], state dtype, dense
+  void *denoised, *corrected;  // the same, or null
   void* model_input;        // [copies * R_out, elements], model dtype, dense
   int32_t copies;           // 0, 1 or 2
   int64_t rows, elements;   // R_out, D

@@ -7,7 +7,7 @@ namespace sage {
 void branch_step(Tensor sample, Tensor model_output, Tensor table, Tensor step, Tensor parent, MaybeTensor uncond_output,
                  MaybeTensor guidance, MaybeTensor m1, MaybeTensor m2, MaybeTensor m3, MaybeTensor m1_parent,
                  MaybeTensor m2_parent, MaybeTensor m3_parent, MaybeTensor last_sample, MaybeTensor noise,
-                 MaybeTensor noise_index, MaybeTensor seed, MaybeTensor call, Tensor next_sample, Tensor denoised,
+                 MaybeTensor noise_index, MaybeTensor seed, MaybeTensor call, Tensor next_sample, MaybeTensor denoised,
                  MaybeTensor corrected, MaybeTensor model_input);
 void branch_step_backward(MaybeTensor grad_sample, MaybeTensor grad_denoised, MaybeTensor grad_corrected,
                           MaybeTensor grad_model_input, Tensor table, Tensor step, Tensor parent, Tensor sample,

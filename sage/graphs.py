@@ -249,7 +249,7 @@ def _outputs(x, rows: list[int], model_inputs: list[torch.Tensor], table: Coeffi
     return [
         BranchStepOut(
             buffer("sample", s, 2),
-            buffer("denoised", s, table.history + 1),
+            buffer("denoised", s, table.history + 1) if table.history else None,
             buffer("corrected", s, 2) if table.corrector else None,
             following,
         )

@@ -106,6 +106,7 @@ def sample(
                 noise=None if noise is None else noise(s).to(device=device, dtype=torch.float32),
                 noise_index=None if noise is None else call.representative,
                 seed=call.seed,
+                want_denoised=table.history > 0,
                 want_corrected=table.corrector,
                 model_input=call.model_input,
                 out=run.out(s),

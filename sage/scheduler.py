@@ -324,6 +324,7 @@ def _table_step(scheduler, base, trajectory: Trajectory, model_output, sample, k
         last_sample=trajectory.last_sample,
         noise=noise,
         noise_index=None if noise is None else parent,
+        want_denoised=trajectory.table.history > 0 or len(dataclasses.fields(_output_class(base))) > 1,
         want_corrected=trajectory.table.corrector,
     )
     trajectory.remember(out)

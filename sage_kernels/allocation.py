@@ -8,12 +8,12 @@ def empty(shape, like, dtype=None):
     return like.new_empty(shape) if dtype is None else like.new_empty(shape, dtype=dtype)
 
 
-def branch_step_outputs(sample, model_output, rows, want_corrected, copies):
-    """(x', m0, xc or None, model input or None) of `branch_step` with `rows` output rows."""
+def branch_step_outputs(sample, model_output, rows, want_denoised, want_corrected, copies):
+    """(x', m0 or None, xc or None, model input or None) of `branch_step` with `rows` output rows."""
     shape = (rows, *sample.shape[1:])
     return (
         empty(shape, sample),
-        empty(shape, sample),
+        empty(shape, sample) if want_denoised else None,
         empty(shape, sample) if want_corrected else None,
         empty((copies * rows, *shape[1:]), model_output) if copies else None,
     )

@@ -82,7 +82,7 @@ def _index(name, value, rows, bound, device, what):
             _refuse(ValueError, "branch_step", name, wanted, f"{int(value[row])} at row {row}", "check the plan's indices")
 
 
-def check_flags(history, history_parent, out, want_corrected, model_input):
+def check_flags(history, history_parent, out, want_denoised, want_corrected, model_input):
     """What the native op cannot see: `model_input` is known, preallocated outputs are there exactly when asked for, and the
     history has at most three tensors with an index each."""
     if len(history) > 3:
@@ -96,10 +96,11 @@ def check_flags(history, history_parent, out, want_corrected, model_input):
         raise ValueError(f"branch_step: model_input must be one of {known}; got {model_input!r}")
     if out is None:
         return
-    for name, asked in (("corrected", f"want_corrected={want_corrected!r}"), ("model_input", f"model_input={model_input!r}")):
+    asked = (("denoised", "want_denoised", want_denoised), ("corrected", "want_corrected", want_corrected))
+    for name, flag, value in (*asked, ("model_input", "model_input", model_input)):
         present = getattr(out, name) is not None
-        if present != bool(want_corrected if name == "corrected" else model_input):
-            raise ValueError(f"branch_step: out.{name} is {'a tensor' if present else 'None'} but {asked}; make them agree")
+        if present != bool(value):
+            raise ValueError(f"branch_step: out.{name} is {'a tensor' if present else 'None'} but {flag}={value!r}; make them agree")
 
 
 def check_gradient(inputs, out):
@@ -214,7 +215,7 @@ def check_outputs(out, inputs, model_input):
     copies = 2 if model_input == "double" else 1
     shape, outputs = _shape(sample), []
     for name, value in zip(out._fields, out):
-        if value is None and name in ("corrected", "model_input"):
+        if value is None and name != "sample":
             continue
         dtype, first = sample.dtype, ("R_out", rows)
         if name == "model_input":

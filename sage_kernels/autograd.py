@@ -14,10 +14,10 @@ from sage_kernels.allocation import branch_step_outputs
 # Places in the op's inputs.
 SAMPLE, MODEL_OUTPUT, TABLE, STEP, PARENT, UNCOND, GUIDANCE, HISTORY, HISTORY_PARENT, LAST = 0, 1, 2, 3, 4, 5, 6, 7, 10, 13
 DIFFERENTIABLE = (SAMPLE, MODEL_OUTPUT, UNCOND, LAST, HISTORY, HISTORY + 1, HISTORY + 2)  # in the order of the backward's outputs
-INPUTS = 18
+INPUTS, OPTIONS = 18, 4  # arguments of the functional form: the op's inputs, then what is wanted and the backend
 
 registry.LIBRARY.define(
-    f"branch_step_functional({registry.BRANCH_STEP_INPUTS}, bool want_corrected, int copies, str backend) "
+    f"branch_step_functional({registry.BRANCH_STEP_INPUTS}, bool want_denoised, bool want_corrected, int copies, str backend) "
     "-> (Tensor, Tensor, Tensor, Tensor)"
 )
 registry.LIBRARY.define(
@@ -30,24 +30,24 @@ def _none_as_empty(like, *values):
 
 
 def _branch_step(*args):
-    inputs, (want_corrected, copies, backend) = args[:INPUTS], args[INPUTS:]
+    inputs, (*wanted, backend) = args[:INPUTS], args[INPUTS:]
     sample, model_output = inputs[SAMPLE], inputs[MODEL_OUTPUT]
-    outputs = branch_step_outputs(sample, model_output, inputs[PARENT].shape[0], want_corrected, copies)
+    outputs = branch_step_outputs(sample, model_output, inputs[PARENT].shape[0], *wanted)
     registry.choose("branch_step", backend, sample.device)[1](*inputs, *outputs)
     return _none_as_empty(sample, *outputs[:3]) + _none_as_empty(model_output, outputs[3])
 
 
 def _fake_branch_step(*args):
-    inputs, (want_corrected, copies, _) = args[:INPUTS], args[INPUTS:]
+    inputs, (*wanted, _) = args[:INPUTS], args[INPUTS:]
     sample, model_output = inputs[SAMPLE], inputs[MODEL_OUTPUT]
-    outputs = branch_step_outputs(sample, model_output, inputs[PARENT].shape[0], want_corrected, copies)
+    outputs = branch_step_outputs(sample, model_output, inputs[PARENT].shape[0], *wanted)
     return _none_as_empty(sample, *outputs[:3]) + _none_as_empty(model_output, outputs[3])
 
 
 def _save(ctx, inputs, output):
     ctx.set_materialize_grads(False)
-    *tensors, want_corrected, copies, ctx.backend = inputs
-    ctx.wanted = (True, True, want_corrected, copies > 0)
+    *tensors, want_denoised, want_corrected, copies, ctx.backend = inputs
+    ctx.wanted = (True, want_denoised, want_corrected, copies > 0)
     ctx.rows = [None if t is None else t.shape[0] for t in tensors]
     kept = (SAMPLE, MODEL_OUTPUT, TABLE, STEP, PARENT, UNCOND, GUIDANCE, *range(HISTORY_PARENT, HISTORY_PARENT + 3))
     ctx.save_for_backward(*(tensors[i] for i in kept))
@@ -70,7 +70,7 @@ def _branch_step_backward(ctx, *grads):
     grads = tuple(None if g is None or not wanted else g.contiguous() for g, wanted in zip(grads, ctx.wanted))
     *forward, i1, i2, i3 = ctx.saved_tensors
     sample, model_output, table, step, parent = forward[:5]
-    result = [None] * (INPUTS + 3)
+    result = [None] * (INPUTS + OPTIONS)
     if all(g is None for g in grads):
         return tuple(result)
     read_through = {SAMPLE: parent, MODEL_OUTPUT: parent, UNCOND: parent, LAST: parent}

@@ -13,7 +13,7 @@ class BranchStepOut(NamedTuple):
     """What `branch_step` returns; see there."""
 
     sample: torch.Tensor  # [R_out, *shape], state dtype
-    denoised: torch.Tensor  # [R_out, *shape], state dtype
+    denoised: torch.Tensor | None = None  # [R_out, *shape], state dtype
     corrected: torch.Tensor | None = None  # [R_out, *shape], state dtype
     model_input: torch.Tensor | None = None  # [R_out, *shape] or [2 * R_out, *shape], model dtype
 
@@ -41,6 +41,7 @@ def branch_step(
     noise_index=None,
     seed=None,
     call=None,
+    want_denoised=True,
     want_corrected=False,
     model_input=None,
     out=None,
@@ -72,6 +73,7 @@ def branch_step(
         noise_index (Tensor | None): [R_out], int32, row of `noise` for each output row; None: row r, and R_noise = R_out.
         seed (Tensor | None): [R_out], int64: Philox noise instead of a tensor. A row's noise depends on its seed and call alone.
         call (Tensor | None): [R_out], int32: counter word of the noise, the index of the denoiser call; None: `step`.
+        want_denoised (bool): also return m0, which a solver without history does not need.
         want_corrected (bool): also return xc, the next `last_sample`.
         model_input (None | "single" | "double"): also return the next model input, once or twice over (for guidance).
         out (BranchStepOut | None): contiguous tensors to write into, apart from every input; then nothing is allocated, and
@@ -82,8 +84,8 @@ def branch_step(
     layout (channels_last) is copied.
 
     Returns:
-        BranchStepOut(sample, denoised, corrected, model_input): x' and m0 (both S), xc (S) or None, model input (M) or None.
-        [R_out, *shape], the double model input [2 * R_out, *shape] in two equal halves. Never aliases an input.
+        BranchStepOut(sample, denoised, corrected, model_input): x' (S), m0 (S) or None, xc (S) or None, model input (M) or
+        None. [R_out, *shape], the double model input [2 * R_out, *shape] in two equal halves. Never aliases an input.
 
     Raises:
         TypeError on dtype or device, ValueError on shapes, ranges and combinations, NotImplementedError when a gradient would
@@ -99,7 +101,8 @@ def branch_step(
         [elements].
     """
     chosen, op = registry.choose("branch_step", backend, getattr(sample, "device", "cpu"))
-    arguments.check_flags(history, history_parent, out, want_corrected, model_input)
+    wanted = (want_denoised, want_corrected, model_input)
+    arguments.check_flags(history, history_parent, out, *wanted)
     m1, m2, m3 = (*history, None, None, None)[:3]
     i1, i2, i3 = (None, None, None) if history_parent is None else (*history_parent, None, None, None)[:3]
     inputs = (
@@ -107,11 +110,11 @@ def branch_step(
         noise, noise_index, seed, call,
     )  # fmt: skip
     if arguments.check_gradient(inputs, out):
-        return _differentiable(inputs, history, history_parent, want_corrected, model_input, backend)
+        return _differentiable(inputs, history, history_parent, *wanted, backend)
     refusal = None
     if chosen in ("cpu", "cuda") and not torch.compiler.is_compiling():
         try:  # the native op checks its arguments itself; a refusal is explained below
-            return _run(op, inputs, out, want_corrected, model_input)
+            return _run(op, inputs, out, *wanted)
         except (RuntimeError, TypeError, ValueError, AttributeError, IndexError) as error:
             refusal = error
     arguments.check_inputs(inputs, history, history_parent)
@@ -119,23 +122,23 @@ def branch_step(
     dense = inputs if chosen == "reference" else arguments.dense_rows(inputs)
     if refusal is not None and dense is inputs:
         raise refusal
-    return _run(op, dense, out, want_corrected, model_input)
+    return _run(op, dense, out, *wanted)
 
 
-def _run(op, inputs, out, want_corrected, model_input):
+def _run(op, inputs, out, want_denoised, want_corrected, model_input):
     if out is None:
         copies = MODEL_INPUT.index(model_input)
-        out = BranchStepOut(*branch_step_outputs(inputs[0], inputs[1], inputs[4].shape[0], want_corrected, copies))
+        out = BranchStepOut(*branch_step_outputs(inputs[0], inputs[1], inputs[4].shape[0], want_denoised, want_corrected, copies))
     op(*inputs, *out)
     return out
 
 
-def _differentiable(inputs, history, history_parent, want_corrected, model_input, backend):
+def _differentiable(inputs, history, history_parent, want_denoised, want_corrected, model_input, backend):
     arguments.check_inputs(inputs, history, history_parent)
     dense = inputs if backend == "reference" else arguments.dense_rows(inputs)
     copies = MODEL_INPUT.index(model_input)
-    results = FUNCTIONAL(*dense, want_corrected, copies, backend)
-    return BranchStepOut(*results[:2], results[2] if want_corrected else None, results[3] if copies else None)
+    results = FUNCTIONAL(*dense, want_denoised, want_corrected, copies, backend)
+    return BranchStepOut(*(t if wanted else None for t, wanted in zip(results, (True, want_denoised, want_corrected, copies))))
 
 
 def normals(seed, call, n, *, tag=0, backend="auto"):

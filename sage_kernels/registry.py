@@ -20,7 +20,7 @@ BRANCH_STEP_INPUTS = (
 SCHEMAS = {
     "branch_step": (
         f"({BRANCH_STEP_INPUTS}, "
-        "Tensor(a!) next_sample, Tensor(b!) denoised, Tensor(c!)? corrected, Tensor(d!)? model_input) -> ()"
+        "Tensor(a!) next_sample, Tensor(b!)? denoised, Tensor(c!)? corrected, Tensor(d!)? model_input) -> ()"
     ),
     "branch_step_backward": (
         "(Tensor? grad_sample, Tensor? grad_denoised, Tensor? grad_corrected, Tensor? grad_model_input, "

@@ -72,13 +72,14 @@ def test_zeros_infinities_and_subnormals_keep_their_bits(runner, corrected):
     strategies.sampled_from([None, "single", "double"]),
     strategies.booleans(),
     strategies.booleans(),
+    strategies.booleans(),
 )
-def test_random_cases_equal_the_reference(backend, seed, rows_in, rows_out, shape, dtypes, noise, model_input, guided, corrected):
+def test_random_cases_equal_the_reference(backend, seed, rows_in, rows_out, shape, dtypes, noise, model_input, guided, corrected, denoised):
     case = random_case(seeded(seed), rows_in, rows_out, shape, dtypes, guided=guided, noise=noise, history_parent=corrected)
     device = "cpu" if backend == "auto" else "cuda"
     if device == "cuda" and (not torch.cuda.is_available() or sage_kernels.backends.available()[backend]):
         pytest.skip(f"{backend} does not run here")
-    assert_equals_reference(*case, backend, device, want_corrected=corrected, model_input=model_input)
+    assert_equals_reference(*case, backend, device, want_denoised=denoised, want_corrected=corrected, model_input=model_input)
 
 
 @pytest.mark.parametrize("dtypes", DTYPES, ids=DTYPE_NAMES)
@@ -108,6 +109,19 @@ def test_shared_rows_and_broadcast_rows():
     assert_equals_reference(all_one, keyword, **EVERYTHING)
     same = positional[0][:1].expand(3, 65)
     assert_equals_reference((same, *positional[1:]), keyword, **EVERYTHING)
+
+
+@pytest.mark.parametrize("dtypes", DTYPES, ids=DTYPE_NAMES)
+def test_what_the_solver_stores_need_not_be_written(runner, dtypes):
+    """And a clamp does not then write into the input that it bounds."""
+    zero = torch.zeros(1, dtype=torch.int32)
+    y = (torch.randn(1, 700, generator=seeded(3)) * 3).to(dtypes[0])
+    before = y.clone()
+    for row in (table_row(q=1.0, b0=0.5, a=0.3, clip=1.0), table_row(p=1.0, a=0.3, b0=0.5, clip=1.0)):
+        case = (y.to(dtypes[1]), y, row, zero, zero), {}
+        result = assert_equals_reference(*case, *runner, want_denoised=False, want_corrected=True, model_input="double")
+        assert result.denoised is None
+    assert same_bits(y, before)
 
 
 @pytest.mark.parametrize("differs", [None, "step", "guidance", "seed", "call", "history_parent", "noise_index"])
@@ -343,6 +357,7 @@ BAD = {
     "seed dtype": (lambda a: a.update(noise=None, seed=a["step"]), TypeError, r"seed must be int64 \[R_out\]"),
     "model input": (lambda a: a.update(model_input="triple"), ValueError, "must be one of None, 'single', 'double'; got 'triple'"),
     "out flags": (lambda a: a.update(out_of(a), want_corrected=True), ValueError, "out.corrected is None but want_corrected=True"),
+    "out missing": (lambda a: a.update(out_of(a, denoised=lambda t: None)), ValueError, "out.denoised is None but want_denoised=True"),
     "out dtype": (lambda a: a.update(out_of(a, sample=torch.Tensor.double)), TypeError, "out.sample must be float32"),
     "out shape": (lambda a: a.update(out_of(a, denoised=lambda t: t[:3])), ValueError, r"out.denoised must be .*got float32 \(3, 6\)"),
     "out layout": (lambda a: a.update(out_of(a, sample=lambda t: t.t().contiguous().t())), ValueError, "out.sample must be contiguous"),

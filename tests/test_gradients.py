@@ -123,6 +123,10 @@ def test_every_set_of_outputs_can_be_differentiated(model_input):
     ones = torch.ones_like(out.sample)
     copies = {None: None, "single": torch.cat([ones, 0 * ones]), "double": torch.cat([ones, ones])}[model_input]
     assert same_bits(grad, gradients(positional, keyword, [ones, None, None, copies])["model_output"])
+    bare = sage_kernels.branch_step(positional[0], leaf, *positional[2:], **keyword, want_denoised=False)
+    assert bare.denoised is None
+    (grad,) = torch.autograd.grad(bare.sample.sum(), leaf)
+    assert same_bits(grad, gradients(positional, keyword, [ones, None, None, None])["model_output"])
 
 
 def test_a_parent_gets_the_sum_over_its_children_and_a_childless_row_zero():
@@ -232,7 +236,7 @@ def functional_arguments(**options):
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 @pytest.mark.parametrize("guided", [True, False])
 def test_opcheck_of_the_functional_form(backend, guided):
-    arguments = (*functional_arguments(guided=guided), True, 2, backend)
+    arguments = (*functional_arguments(guided=guided), True, True, 2, backend)
     torch.library.opcheck(torch.ops.sage_kernels.branch_step_functional.default, arguments)
 
 

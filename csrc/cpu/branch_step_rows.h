@@ -51,19 +51,23 @@ struct Tile {
     return scratch[kDrawn];
   }
 
-  SAGE_INLINE TileSum sum(Place place) {
-    float* out = scratch[place];
-    if constexpr (sizeof(S) == sizeof(float)) {  // a float32 state is computed where it is stored
-      if (place == kDenoised) out = row.denoised + begin;
-      if (place == kNext) out = row.next + begin;
+  // Where a sum is computed: where it is stored if the state is float32.
+  SAGE_INLINE float* target(Place place) {
+    if constexpr (sizeof(S) == sizeof(float)) {
+      if (place == kDenoised && row.denoised) return row.denoised + begin;
+      if (place == kNext) return row.next + begin;
     }
-    return TileSum(out, count, place != kCorrected || row.corrected != nullptr);
+    return scratch[place];
+  }
+  SAGE_INLINE TileSum sum(Place place) {
+    const bool stored = place == kNext || (place == kDenoised ? row.denoised : row.corrected) != nullptr;
+    return TileSum(target(place), count, stored);
   }
   SAGE_INLINE Value clamp(Value value, float bound) {
     if (bound == __builtin_inff()) return value;
-    float* const kept = const_cast<float*>(value);
-    for (int i = 0; i < count; i++) {  // comparisons with NaN are false, so NaN passes
-      const float v = kept[i] > bound ? bound : kept[i];
+    float* const kept = target(kDenoised);  // the value may be an input
+    for (int i = 0; i < count; i++) {       // comparisons with NaN are false, so NaN passes
+      const float v = value[i] > bound ? bound : value[i];
       kept[i] = v < -bound ? -bound : v;
     }
     return kept;
@@ -93,7 +97,7 @@ static void step_row(const BranchStep& args, int64_t row, int64_t begin, int64_t
   data.uncond = row_of<M>(args.uncond, row);
   data.noise = row_of<float>(args.noise, row);
   data.next = static_cast<S*>(args.next) + place;
-  data.denoised = static_cast<S*>(args.denoised) + place;
+  if (args.denoised) data.denoised = static_cast<S*>(args.denoised) + place;
   if (args.corrected) data.corrected = static_cast<S*>(args.corrected) + place;
   if (args.copies > 0) data.model_input = model_input + place;
   if (args.copies > 1) data.model_input_again = model_input + copy + place;

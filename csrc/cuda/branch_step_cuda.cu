@@ -52,8 +52,8 @@ struct RowVector {
   }
   __device__ __forceinline__ void put(const Value& denoised, const Value& corrected, const Value& next, float s) const {
     const int64_t place = row * args.elements + at;
-    write<S>(denoised, args.denoised, place);
     write<S>(next, args.next, place);
+    if (args.denoised != nullptr) write<S>(denoised, args.denoised, place);
     if (args.corrected != nullptr) write<S>(corrected, args.corrected, place);
     if (args.copies == 0) return;
     Value input;

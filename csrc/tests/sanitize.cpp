@@ -79,7 +79,7 @@ struct Case {
     args.table = table.data(), args.table_rows = 3, args.step = step.data();
     args.rows = rows, args.elements = elements, args.model = model, args.state = state;
     args.next = output(state, rows, elements);
-    args.denoised = output(state, rows, elements);
+    args.denoised = maybe(state, rows);
     args.corrected = maybe(state, rows);
     args.copies = static_cast<int32_t>(between(0, 2));
     if (args.copies) args.model_input = output(model, args.copies * rows, elements);
