@@ -1,7 +1,7 @@
-"""Fill the tables of README.md from committed measurements, or check that they agree.
+"""Fill the tables of README.md and docs/ from committed measurements, or check that they agree.
 
     python benchmarks/readme_tables.py           rewrite the blocks
-    python benchmarks/readme_tables.py --check   exit 1 when the README says something else than the JSON
+    python benchmarks/readme_tables.py --check   exit 1 when a page says something else than the JSON
 
 A block is `<!-- table:NAME -->` … `<!-- /table -->`; NAME is benchmarks/results/NAME.json, which holds
 
@@ -24,12 +24,18 @@ RESULTS = "benchmarks/results"
 BLOCK = re.compile(r"<!-- table:([a-z0-9_-]+)(?::([a-z0-9_-]+))? -->\n.*?<!-- /table -->", re.DOTALL)
 
 
-def filled(readme: str, root: Path = ROOT) -> str:
-    """The README's text with every block made again from its JSON."""
-    return BLOCK.sub(lambda match: f"{match[0].splitlines()[0]}\n{_block(match[1], match[2], root)}\n<!-- /table -->", readme)
+def filled(page: str, root: Path = ROOT, up: str = "") -> str:
+    """The page's text with every block made again from its JSON; `up` leads from the page's folder to the root."""
+    return BLOCK.sub(lambda match: f"{match[0].splitlines()[0]}\n{_block(match[1], match[2], root, up)}\n<!-- /table -->", page)
 
 
-def _block(name: str, key: str | None, root: Path) -> str:
+def pages() -> dict[Path, str]:
+    """Every page with tables, and what `filled` makes of it."""
+    found = {ROOT / "README.md": "", **{path: "../" for path in sorted((ROOT / "docs").glob("*.md"))}}
+    return {path: filled(path.read_text(encoding="utf-8"), up=up) for path, up in found.items()}
+
+
+def _block(name: str, key: str | None, root: Path, up: str) -> str:
     path = root / RESULTS / f"{name}.json"
     if not path.exists():
         return "*Not measured yet.*"
@@ -37,7 +43,9 @@ def _block(name: str, key: str | None, root: Path) -> str:
     tables, wanted = (data, "table") if key is None else (data.get("tables", {}), key)
     if wanted not in tables:
         raise ValueError(f'{path}: wanted a key "{wanted}" with "columns" and "rows", got {", ".join(tables)}')
-    source = f"From [`{name}.json`]({RESULTS}/{name}.json)"
+    source = f"From [`{name}.json`]({up}{RESULTS}/{name}.json)"
+    if "command" in data:
+        source += f": `{data['command']}`"
     ran = data.get("environment")
     if ran is not None:
         threads = "one thread" if ran["threads"] == 1 else f"{ran['threads']} threads"
@@ -72,15 +80,16 @@ def _cell(value, form: str | None) -> str:
 
 
 def main() -> int:
-    readme = ROOT / "README.md"
-    old = readme.read_text(encoding="utf-8")
-    new = filled(old)
-    if "--check" in sys.argv[1:]:
-        if new != old:
-            print("README.md differs from benchmarks/results; run: python benchmarks/readme_tables.py")
-        return int(new != old)
-    readme.write_text(new, encoding="utf-8")
-    return 0
+    differs = False
+    for path, new in pages().items():
+        if new == path.read_text(encoding="utf-8"):
+            continue
+        if "--check" in sys.argv[1:]:
+            print(f"{path.relative_to(ROOT)} differs from benchmarks/results; run: python benchmarks/readme_tables.py")
+            differs = True
+        else:
+            path.write_text(new, encoding="utf-8")
+    return int(differs)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,14 @@ CEILINGS = {"branch_step plain": 80, "branch_step": 128, "backward": 80, "normal
 pytestmark = pytest.mark.deep
 
 
+def test_the_documentation_names_the_ceilings():
+    """docs/kernels.md shows the numbers that the tests hold the kernels to."""
+    block = (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8").split("<!-- ceilings -->")[1].split("<!-- /ceilings -->")[0]
+    shown = re.findall(r"^\| `(\w+)`(, without noise and corrector)? \| (\d+) \|$", block, re.MULTILINE)
+    kinds = {"branch_step_backward": "backward"}
+    assert {kinds.get(name, name) + " plain" * bool(plain): int(n) for name, plain, n in shown} == CEILINGS
+
+
 def cuobjdump():
     on_path = shutil.which("cuobjdump")
     if on_path is None:
