@@ -94,7 +94,8 @@ def _radius(word):
     y = z * -0.5 + y
     log_u = exponent * _LN2_HIGH + (f + y)
     # Torch's float32 sqrt on CPU is not correctly rounded; a float64 sqrt rounded to float32 is.
-    return torch.sqrt(torch.clamp_min(log_u * -2.0, 0.0).double()).to(torch.float32)
+    square = log_u * -2.0
+    return torch.sqrt(torch.where(square > 0.0, square, 0.0).double()).to(torch.float32)
 
 
 def _cos_sin(word):
