@@ -1,4 +1,4 @@
-// branch_step_backward: one input row, tile by tile, child after child.
+// branch_step_backward: one input row, in vectors, child after child.
 
 // Where the gradients of one input row go, at its first element; null for what is not wanted.
 template <class M, class S>
@@ -17,87 +17,59 @@ struct Child {
   float guidance;
 };
 
-// The machine of `update_backward`. One tile of an input row: totals stay here while the children pass by.
-template <class M, class S>
-struct BackwardTile {
-  using Value = const float*;
-  // A sum of one term may be that term, so whatever is read has a slot of its own.
-  enum Slot { kGrad = kContribution + 1, kGradInput = kGrad + 3, kGradInputAgain, kX, kY, kU, kStored, kGuided, kSlots };
-  const Gradients<M, S>& to;
-  int64_t begin;
+// The machine of `update_backward` for kWidth elements of an input row: totals stay while its children pass by.
+template <class M, class S, bool kWhole>
+struct BackwardVector {
+  using Value = Vec;
+  int64_t at;
   int count;
+  const Gradients<M, S>& to;
+  Vec inputs[kFromHistory + 3]{}, cond{}, uncond{};
   const Row* k = nullptr;
   const Child<M, S>* child = nullptr;
-  alignas(64) float totals[kFromHistory + 5][kTile];  // inputs, then model output and uncond
-  alignas(64) float scratch[kSlots][kTile];
-  static constexpr int kCond = kFromHistory + 3, kUncond = kFromHistory + 4;
 
-  BackwardTile(const Gradients<M, S>& gradients, int64_t at, int64_t end)
-      : to(gradients), begin(at), count(static_cast<int>(end - at < kTile ? end - at : kTile)) {
-    for (auto& total : totals) memset(total, 0, count * sizeof(float));
+  template <class T>
+  SAGE_INLINE Vec read(const T* from) const {
+    return load<kWhole>(from + at, count);
   }
-
-  SAGE_INLINE const float* read(const float* from, int) { return from + begin; }
-  template <class Half>
-  SAGE_INLINE const float* read(const Half* from, int slot) {
-    widen_all(from + begin, scratch[slot], count);
-    return scratch[slot];
+  SAGE_INLINE bool has(Gradient place) const {
+    return place == kAtModelInput ? child->grad_model_input != nullptr : child->grad[place] != nullptr;
   }
-
-  SAGE_INLINE bool has(Gradient at) const {
-    return at == kAtModelInput ? child->grad_model_input != nullptr : child->grad[at] != nullptr;
+  SAGE_INLINE Vec grad(Gradient place) const {
+    if (place != kAtModelInput) return read(child->grad[place]);
+    const Vec first = read(child->grad_model_input);
+    return child->grad_model_input_again ? first + read(child->grad_model_input_again) : first;
   }
-  SAGE_INLINE Value grad(Gradient at) {
-    if (at != kAtModelInput) return read(child->grad[at], kGrad + at);
-    const float* const first = read(child->grad_model_input, kGradInput);
-    if (child->grad_model_input_again == nullptr) return first;
-    const float* const second = read(child->grad_model_input_again, kGradInputAgain);
-    float* const both = scratch[kGradInput];
-    for (int i = 0; i < count; i++) both[i] = add(first[i], second[i]);
-    return both;
-  }
-  SAGE_INLINE TileSum sum(Gradient place) { return TileSum(scratch[place], count, false); }
-
-  SAGE_INLINE Value output() {
-    const float* const cond = read(child->cond, kY);
-    if (child->uncond == nullptr) return cond;
-    guide(cond, read(child->uncond, kU), child->guidance, scratch[kY], count);
-    return scratch[kY];
-  }
-  SAGE_INLINE Value passed(Value value) {
-    TileSum stored(scratch[kStored], count, true);
-    if (k->p != 0.0f) stored.term(k->p, read(child->sample, kX));
-    if (k->q != 0.0f) stored.term(k->q, output());
-    const float* const m0 = stored.value();
-    float* const kept = scratch[kAtDenoised];
-    const float bound = k->clip;
-    for (int i = 0; i < count; i++) kept[i] = m0[i] > bound || m0[i] < -bound ? 0.0f : value[i];
-    return kept;
+  SAGE_INLINE VecSum sum(Gradient) const { return {}; }
+  SAGE_INLINE Vec passed(Vec value) const {
+    VecSum stored;
+    if (k->p != 0.0f) stored.term(k->p, read(child->sample));
+    if (k->q != 0.0f) {
+      const Vec y = read(child->cond);
+      stored.term(k->q, child->uncond == nullptr ? y : guide(y, read(child->uncond), child->guidance));
+    }
+    const Vec m0 = stored.value();
+    return {where_within(m0.a, k->clip, value.a), where_within(m0.b, k->clip, value.b), where_within(m0.c, k->clip, value.c),
+            where_within(m0.d, k->clip, value.d)};
   }
 
   SAGE_INLINE bool wants(int input) const { return to.input[input] != nullptr; }
   SAGE_INLINE bool wants_output() const { return to.model_output != nullptr || to.uncond != nullptr; }
-  SAGE_INLINE void collect(int input, Value value) { accumulate(input, value); }
-  SAGE_INLINE void collect_output(Value value) {
-    if (child->uncond == nullptr) return accumulate(kCond, value);
-    float* const guided = scratch[kGuided];
-    for (int i = 0; i < count; i++) guided[i] = mul(child->guidance, value[i]);
-    accumulate(kCond, guided);
-    for (int i = 0; i < count; i++) totals[kUncond][i] = add(totals[kUncond][i], sub(value[i], guided[i]));
-  }
-  SAGE_INLINE void accumulate(int place, Value value) {
-    float* const total = totals[place];
-    for (int i = 0; i < count; i++) total[i] = add(total[i], value[i]);
+  SAGE_INLINE void collect(int input, Vec value) { inputs[input] = inputs[input] + value; }
+  SAGE_INLINE void collect_output(Vec value) {
+    const Vec guided = child->uncond == nullptr ? value : child->guidance * value;
+    cond = cond + guided;
+    uncond = uncond + (value - guided);
   }
 
-  SAGE_INLINE void put() {
-    for (int i = 0; i < kFromHistory + 3; i++) store(totals[i], to.input[i]);
-    store(totals[kCond], to.model_output);
-    store(totals[kUncond], to.uncond);
+  SAGE_INLINE void put() const {
+    for (int i = 0; i < kFromHistory + 3; i++) write(inputs[i], to.input[i]);
+    write(cond, to.model_output);
+    write(uncond, to.uncond);
   }
   template <class T>
-  SAGE_INLINE void store(const float* value, T* to) {
-    if (to) scale_all(1.0f, value, to + begin, count);
+  SAGE_INLINE void write(Vec value, T* to) const {
+    if (to) store<kWhole>(value, to + at, count);
   }
 };
 
@@ -121,6 +93,20 @@ static Child<M, S> child_of(const BranchStepBackward& args, int64_t row) {
   return child;
 }
 
+template <bool kWhole, class M, class S>
+static void step_back_at(const BranchStepBackward& args, const Gradients<M, S>& gradients, int64_t row, int64_t at, int count) {
+  BackwardVector<M, S, kWhole> vector{at, count, gradients};
+  for (int32_t j = args.indptr[row]; j < args.indptr[row + 1]; j++) {
+    const int32_t child_row = args.children[j];
+    const Child<M, S> child = child_of<M, S>(args, child_row);
+    const Row k = args.table[args.step[child_row]];
+    vector.child = &child;
+    vector.k = &k;
+    update_backward(k, vector);
+  }
+  vector.put();
+}
+
 template <class M, class S>
 static void step_back(const BranchStepBackward& args, int64_t row, int64_t begin, int64_t end) {
   const int64_t place = row * args.elements;
@@ -130,18 +116,9 @@ static void step_back(const BranchStepBackward& args, int64_t row, int64_t begin
        to(static_cast<S*>(args.d_m[1])), to(static_cast<S*>(args.d_m[2]))},
       to(static_cast<M*>(args.d_model_output)),
       to(static_cast<M*>(args.d_uncond))};
-  for (int64_t at = begin; at < end; at += kTile) {
-    BackwardTile<M, S> tile(gradients, at, end);
-    for (int32_t j = args.indptr[row]; j < args.indptr[row + 1]; j++) {
-      const int32_t child_row = args.children[j];
-      const Child<M, S> child = child_of<M, S>(args, child_row);
-      const Row k = args.table[args.step[child_row]];
-      tile.child = &child;
-      tile.k = &k;
-      update_backward(k, tile);
-    }
-    tile.put();
-  }
+  int64_t at = begin;
+  for (; at + kWidth <= end; at += kWidth) step_back_at<true>(args, gradients, row, at, kWidth);
+  if (at < end) step_back_at<false>(args, gradients, row, at, static_cast<int>(end - at));
 }
 
 static void branch_step_backward(const BranchStepBackward& args, int64_t row, int64_t begin, int64_t end) {

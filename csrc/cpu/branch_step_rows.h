@@ -1,4 +1,4 @@
-// branch_step: one output row, tile by tile.
+// branch_step: one output row, in vectors.
 
 // Where one output row reads and writes, at its first element; null for what is not given or not wanted.
 template <class M, class S>
@@ -14,74 +14,41 @@ struct RowData {
   float guidance;
 };
 
-// Scratch tiles: three sums, then the inputs. Uncond is used up before m1 is read, and L before noise is drawn.
-enum Slot { kSample = kNext + 1, kOutput, kHistory, kLast = kHistory + 3, kSlots, kUncond = kHistory, kDrawn = kLast };
-
-// The machine of `update`: a value is a tile of floats, the input itself if that is float32 and else a widened copy.
-template <class M, class S>
-struct Tile {
-  using Value = const float*;
+// The machine of `update` for kWidth elements, the last few of a row fewer.
+template <class M, class S, bool kWhole>
+struct RowVector {
+  using Value = Vec;
   const RowData<M, S>& row;
-  int64_t begin;
+  const float* drawn;  // noise of these elements, if it comes from a seed
+  int64_t at;
   int count;
-  alignas(64) float scratch[kSlots][kTile];
 
-  Tile(const RowData<M, S>& data, int64_t at, int64_t end)
-      : row(data), begin(at), count(static_cast<int>(end - at < kTile ? end - at : kTile)) {}  // scratch stays unset
-
-  SAGE_INLINE const float* read(const float* from, int) { return from + begin; }
-  template <class Half>
-  SAGE_INLINE const float* read(const Half* from, int slot) {
-    widen_all(from + begin, scratch[slot], count);
-    return scratch[slot];
-  }
-
-  SAGE_INLINE Value sample() { return read(row.sample, kSample); }
-  SAGE_INLINE Value output() {
-    const float* const cond = read(row.cond, kOutput);
-    if (row.uncond == nullptr) return cond;
-    guide(cond, read(row.uncond, kUncond), row.guidance, scratch[kOutput], count);
-    return scratch[kOutput];
-  }
-  SAGE_INLINE Value history(int i) { return read(row.history[i], kHistory + i); }
-  SAGE_INLINE Value last() { return read(row.last, kLast); }
-  SAGE_INLINE Value noise() {
-    if (!row.seeded) return row.noise + begin;
-    draw(row.seed, row.call, 0, begin, count, scratch[kDrawn]);
-    return scratch[kDrawn];
-  }
-
-  // Where a sum is computed: where it is stored if the state is float32.
-  SAGE_INLINE float* target(Place place) {
-    if constexpr (sizeof(S) == sizeof(float)) {
-      if (place == kDenoised && row.denoised) return row.denoised + begin;
-      if (place == kNext) return row.next + begin;
-    }
-    return scratch[place];
-  }
-  SAGE_INLINE TileSum sum(Place place) {
-    const bool stored = place == kNext || (place == kDenoised ? row.denoised : row.corrected) != nullptr;
-    return TileSum(target(place), count, stored);
-  }
-  SAGE_INLINE Value clamp(Value value, float bound) {
-    if (bound == __builtin_inff()) return value;
-    float* const kept = target(kDenoised);  // the value may be an input
-    for (int i = 0; i < count; i++) {       // comparisons with NaN are false, so NaN passes
-      const float v = value[i] > bound ? bound : value[i];
-      kept[i] = v < -bound ? -bound : v;
-    }
-    return kept;
-  }
-  SAGE_INLINE void put(Value denoised, Value corrected, Value next, float s) {
-    store(1.0f, denoised, row.denoised);
-    store(1.0f, corrected, row.corrected);
-    store(1.0f, next, row.next);
-    store(s, next, row.model_input);
-    if (row.model_input_again) memcpy(row.model_input_again + begin, row.model_input + begin, count * sizeof(M));
-  }
   template <class T>
-  SAGE_INLINE void store(float k, Value value, T* to) {
-    if (to) scale_all(k, value, to + begin, count);
+  SAGE_INLINE Vec read(const T* from) const {
+    return load<kWhole>(from + at, count);
+  }
+  SAGE_INLINE Vec sample() const { return read(row.sample); }
+  SAGE_INLINE Vec output() const {
+    const Vec cond = read(row.cond);
+    return row.uncond == nullptr ? cond : guide(cond, read(row.uncond), row.guidance);
+  }
+  SAGE_INLINE Vec history(int i) const { return read(row.history[i]); }
+  SAGE_INLINE Vec last() const { return read(row.last); }
+  SAGE_INLINE Vec noise() const { return drawn ? load<true>(drawn, kWidth) : read(row.noise); }
+
+  SAGE_INLINE VecSum sum(Place) const { return {}; }
+  SAGE_INLINE Vec clamp(Vec value, float bound) const {
+    if (bound == bits_as<float>(0x7F800000u)) return value;
+    return {clamped(value.a, bound), clamped(value.b, bound), clamped(value.c, bound), clamped(value.d, bound)};
+  }
+  SAGE_INLINE void put(Vec denoised, Vec corrected, Vec next, float s) const {
+    store<kWhole>(next, row.next + at, count);
+    if (row.denoised) store<kWhole>(denoised, row.denoised + at, count);
+    if (row.corrected) store<kWhole>(corrected, row.corrected + at, count);
+    if (row.model_input == nullptr) return;
+    const Vec input = s * next;
+    store<kWhole>(input, row.model_input + at, count);
+    if (row.model_input_again) store<kWhole>(input, row.model_input_again + at, count);
   }
 };
 
@@ -106,9 +73,19 @@ static void step_row(const BranchStep& args, int64_t row, int64_t begin, int64_t
   if (data.uncond) data.guidance = args.guidance[row];
 
   const Row k = args.table[args.step[row]];
-  for (int64_t at = begin; at < end; at += kTile) {
-    Tile<M, S> tile(data, at, end);
-    update(k, tile);
+  const bool draws = data.seeded && k.c != 0.0f;
+  float noise[kTile + kWidth];
+  for (int64_t tile = begin; tile < end; tile += kTile) {
+    const int count = static_cast<int>(end - tile < kTile ? end - tile : kTile), whole = count / kWidth * kWidth;
+    if (draws) draw(data.seed, data.call, 0, tile, count, noise);
+    for (int i = 0; i < whole; i += kWidth) {
+      RowVector<M, S, true> vector{data, draws ? noise + i : nullptr, tile + i, kWidth};
+      update(k, vector);
+    }
+    if (whole < count) {
+      RowVector<M, S, false> vector{data, draws ? noise + whole : nullptr, tile + whole, count - whole};
+      update(k, vector);
+    }
   }
 }
 

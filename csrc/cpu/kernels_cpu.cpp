@@ -23,6 +23,7 @@ namespace baseline {
 #define SAGE_F16C 1
 #pragma GCC push_options
 #pragma GCC target("avx2,bmi2,f16c")
+#define SAGE_BYTES 32
 #define SAGE_LANES 4
 #define SAGE_VECTOR __m256i
 #define SAGE_MULTIPLY_EVEN _mm256_mul_epu32
@@ -33,6 +34,7 @@ namespace avx2 {
 
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,bmi2,f16c,prefer-vector-width=512")
+#define SAGE_BYTES 64
 #define SAGE_LANES 8
 #define SAGE_VECTOR __m512i
 #define SAGE_MULTIPLY_EVEN _mm512_mul_epu32
