@@ -1,5 +1,5 @@
 # make demo   pictures from a fresh clone, with and without sharing, side by side
-# make test   all tests
+# make test   all tests: the quick ones, then the deep ones
 # Both build and run in a virtual environment of their own; nothing outside this folder changes.
 #
 # make gpu    with the packages of PYTHON, nothing installed: build, tests, sanitizers and benchmarks on a GPU; DRY=1 lists the steps
@@ -47,9 +47,10 @@ demo: $(VENV)/sage.txt
 	$(VENV)/bin/sage generate examples/prompts.txt --out $(OUT) --compare --overwrite
 
 test: $(VENV)/test.txt
-	$(VENV)/bin/python -m pytest -q
+	$(VENV)/bin/python -m pytest -q -m "not deep"
+	$(VENV)/bin/python -m pytest -q -m deep
 
 gpu: export PYTHONPATH := $(PYTHONPATH)
 gpu:
-	$(PYTHON) benchmarks/gpu_worklist.py $(if $(STEPS),--steps $(STEPS)) $(if $(DEVICE),--device $(DEVICE)) \
-		$(if $(RESULTS),--results $(RESULTS)) $(if $(QUICK),--quick) $(if $(DRY),--dry-run)
+	$(PYTHON) benchmarks/gpu_worklist.py $(if $(STEPS),--steps $(STEPS)) $(if $(DEVICE),--device "$(DEVICE)") \
+		$(if $(RESULTS),--results "$(RESULTS)") $(if $(filter 1,$(QUICK)),--quick) $(if $(filter 1,$(DRY)),--dry-run)

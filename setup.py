@@ -7,7 +7,7 @@ SAGE_BUILD=cpu    C++ kernels, or fail
 SAGE_BUILD=cuda   C++ and CUDA kernels, or fail; needs nvcc but neither a GPU nor a torch built for CUDA
 SAGE_BUILD=none   pure Python
 CXX, CUDACXX      the compilers, c++ and nvcc unless set
-SAGE_CUDA_ARCHS   GPU architectures, "80;90;100;120" unless set; newer ones run from the PTX of the first
+SAGE_CUDA_ARCHS   GPU architectures; unless set, those of "80;90;100;120" that nvcc knows; newer ones run from the PTX of the first
 
 What was built, or why not, is recorded in sage_kernels/_build_info.json.
 
@@ -38,7 +38,7 @@ TESTED = "linux-x86_64"  # where "auto" builds native kernels
 SOURCES = sorted(glob.glob("csrc/*.cpp", root_dir=HERE)) + ["csrc/cpu/kernels_cpu.cpp"]
 CUDA_SOURCES = sorted(glob.glob("csrc/cuda/*.cu", root_dir=HERE))
 HEADERS = sorted(f for kind in ("h", "cuh") for f in glob.glob(f"csrc/**/*.{kind}", root_dir=HERE, recursive=True))
-ARCHS = os.environ.get("SAGE_CUDA_ARCHS", "80;90;100;120").split(";")
+ARCHS = ["80", "90", "100", "120"]  # unless SAGE_CUDA_ARCHS chooses; those that nvcc does not know are left out
 # Products and sums are rounded one by one (-ffp-contract=off), so that every backend gives the same bits.
 COMPILE = [
     "-O3", "-std=c++17", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden", "-g0", "-Wall",
@@ -74,7 +74,7 @@ def compiler():
 
 
 def nvcc():
-    """(path of nvcc, its release, the folder of its runtime library)."""
+    """(path of nvcc, its release, the folder of its runtime library, the GPU architectures to build for)."""
     from torch.utils.cpp_extension import CUDA_HOME
 
     wanted = os.environ.get("CUDACXX") or "nvcc"
@@ -90,19 +90,33 @@ def nvcc():
     folder = next((f for f in folders if os.path.exists(os.path.join(f, "libcudart_static.a"))), None)
     if release is None or folder is None:
         raise Missing(f"{path} does not run or lacks libcudart_static.a", f"install the whole CUDA toolkit, then SAGE_BUILD=cuda {REINSTALL}")
-    if not all(arch.isdigit() for arch in ARCHS):
-        raise Missing(f"SAGE_CUDA_ARCHS must be numbers like 80;90, got {';'.join(ARCHS)!r}", f"SAGE_CUDA_ARCHS='80;90' {REINSTALL}")
-    return path, release[1], os.path.normpath(folder)
+    return path, release[1], os.path.normpath(folder), architectures(path)
 
 
-def compile_cuda(path, folder):
+def architectures(path):
+    wanted = os.environ.get("SAGE_CUDA_ARCHS")
+    if wanted is not None:
+        if not all(arch.isdigit() for arch in wanted.split(";")):
+            raise Missing(f"SAGE_CUDA_ARCHS must be numbers like 80;90, got {wanted!r}", f"SAGE_CUDA_ARCHS='80;90' {REINSTALL}")
+        return sorted(wanted.split(";"), key=int)  # the PTX for all newer ones is of the first
+    known = subprocess.run([path, "--list-gpu-arch"], capture_output=True, text=True).stdout.split()
+    archs = [arch for arch in ARCHS if f"compute_{arch}" in known]
+    if not archs:
+        raise Missing(f"{path} knows none of sm_{', sm_'.join(ARCHS)}", f"install a newer CUDA toolkit, then SAGE_BUILD=cuda {REINSTALL}")
+    return archs
+
+
+def compile_cuda(path, release, archs, folder):
     """Objects of all CUDA sources, made again only where a source, a header or a flag is newer."""
-    codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHS]
-    codes.append(f"-gencode=arch=compute_{ARCHS[0]},code=compute_{ARCHS[0]}")
-    command = [path, *NVCC, f"--threads={min(len(ARCHS), os.cpu_count() or 1)}", *codes]
+    codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
+    codes.append(f"-gencode=arch=compute_{archs[0]},code=compute_{archs[0]}")
+    command = [path, *NVCC, f"--threads={min(len(archs), os.cpu_count() or 1)}", *codes]
     os.makedirs(folder, exist_ok=True)
     stamp = os.path.join(folder, "nvcc.txt")
-    same = os.path.exists(stamp) and open(stamp).read() == " ".join(command)
+    made_by = f"{' '.join(command)}\nnvcc {release}"
+    same = os.path.exists(stamp) and open(stamp).read() == made_by
+    if not same and os.path.exists(stamp):
+        os.remove(stamp)  # until all objects are of this command
     newest = max(os.path.getmtime(os.path.join(HERE, f)) for f in (*HEADERS, "setup.py"))
     objects = []
     for source in CUDA_SOURCES:
@@ -110,10 +124,11 @@ def compile_cuda(path, folder):
         objects.append(made)
         changed = max(newest, os.path.getmtime(os.path.join(HERE, source)))
         if not (same and os.path.exists(made) and os.path.getmtime(made) > changed):
-            say(f"nvcc {source} for {', '.join(f'sm_{a}' for a in ARCHS)}")
-            subprocess.run([*command, "-c", os.path.join(HERE, source), "-o", made], check=True)
+            say(f"nvcc {source} for {', '.join(f'sm_{a}' for a in archs)}")
+            subprocess.run([*command, "-c", os.path.join(HERE, source), "-o", made + ".part"], check=True)
+            os.replace(made + ".part", made)
     with open(stamp, "w") as file:
-        file.write(" ".join(command))
+        file.write(made_by)
     return objects
 
 
@@ -182,8 +197,6 @@ def find_cuda(torch, record):
             raise
         cuda, reason = None, missing.reason
     record.facts["cuda_reason"] = reason
-    if cuda:
-        record.facts.update(nvcc=cuda[1], cuda_archs=ARCHS)
     return cuda
 
 
@@ -195,11 +208,14 @@ def native_build(record):
     version = compiler()
     torch, cpp_extension = import_torch()
     cuda = find_cuda(torch, record)
-    macros = COMPILE + (["-DSAGE_CUDA"] if cuda else [])
-    record.facts.update(torch=torch.__version__, compiler=version, flags=" ".join(macros), native=["cpu"] + ["cuda"] * bool(cuda))
+    record.facts.update(torch=torch.__version__, compiler=version, flags=" ".join(COMPILE), native=["cpu"])
 
     class BuildNative(cpp_extension.BuildExtension):
         """Compiles with ninja; in auto mode a failure leaves a pure-Python package behind."""
+
+        def finalize_options(self):
+            super().finalize_options()
+            self.force = True  # what was linked before may be of another mode; ninja still knows what is up to date
 
         def run(self):
             in_place = self.inplace or getattr(self, "editable_mode", False)
@@ -209,7 +225,7 @@ def native_build(record):
         def build_extensions(self):
             try:
                 if cuda:
-                    self.extensions[0].extra_objects += compile_cuda(cuda[0], os.path.join(os.path.abspath(self.build_temp), "cuda"))
+                    self.add_cuda(self.extensions[0], *cuda)
                 super().build_extensions()
             except Exception as error:
                 if MODE != "auto":
@@ -218,14 +234,28 @@ def native_build(record):
                 record.left_out(f"compiling failed ({type(error).__name__}: {str(error)[:200]})", verbose)
                 self.extensions = []
 
+        def add_cuda(self, extension, path, release, runtime, archs):
+            """Adds the CUDA kernels; in auto mode a failure leaves the C++ kernels alone."""
+            try:
+                objects = compile_cuda(path, release, archs, os.path.join(os.path.abspath(self.build_temp), "cuda"))
+            except (OSError, subprocess.CalledProcessError) as error:
+                if MODE != "auto":
+                    raise
+                record.facts["cuda_reason"] = f"nvcc failed ({str(error)[-200:]})"
+                return say(f"no CUDA kernels: {record.facts['cuda_reason']}")
+            extension.extra_objects += objects
+            extension.library_dirs.append(runtime)
+            extension.libraries += CUDART
+            extension.extra_compile_args["cxx"] = [*COMPILE, "-DSAGE_CUDA"]
+            record.facts["native"].append("cuda")
+            record.facts.update(nvcc=release, cuda_archs=archs)
+
     extension = cpp_extension.CppExtension(
         "sage_kernels._C",
         SOURCES,
         include_dirs=[os.path.join(HERE, "csrc")],
         depends=HEADERS,
-        extra_compile_args={"cxx": macros},
-        library_dirs=[cuda[2]] if cuda else [],
-        libraries=CUDART if cuda else [],
+        extra_compile_args={"cxx": COMPILE},
         extra_link_args=["-Wl,-s"] if sys.platform == "linux" else [],
         py_limited_api=True,
     )

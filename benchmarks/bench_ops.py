@@ -244,11 +244,11 @@ def run(args, done):
 
 
 def held(args):
-    """The lines of --out that --resume may keep: those of this device and of these sources."""
+    """The lines of --out that --resume may keep: those of this machine, these packages and these sources."""
     if not (args.resume and args.out and Path(args.out).exists()):
         return []
     before, now = json.loads(Path(args.out).read_text(encoding="utf-8")), environment(args.device)
-    same = all(before["environment"].get(name) == now[name] for name in ("device", "sources"))
+    same = all(before["environment"].get(name) == now[name] for name in ("device", "driver", "processor", "threads", "packages", "sources"))
     return before["lines"] if same else []
 
 

@@ -59,7 +59,7 @@ class Loops:
         name, overrides = SOLVERS[solver]
         self.scheduler = getattr(diffusers, name)(**SCHEDULE, **overrides)
         self.scheduler.set_timesteps(steps, device=weight.device)
-        self.table = sage.table_for(self.scheduler)
+        self.calls = len(sage.table_for(self.scheduler))
         self.x = randn(rows, config.in_channels, config.sample_size, config.sample_size)
         self.x = self.x * float(self.scheduler.init_noise_sigma)
         self.negative, self.condition = (randn(rows, 77, config.cross_attention_dim) for _ in range(2))
@@ -77,9 +77,13 @@ class Loops:
         return x
 
     def sage(self, denoise):
+        """The same from a configured scheduler on: its timesteps and the table are made anew in every run, as by `diffusers`."""
+        scheduler = copy.copy(self.scheduler)
+        scheduler.set_timesteps(scheduler.num_inference_steps, device=self.x.device)
         return sage.sample(
-            denoise, self.plan, self.table, self.x, self.condition, negative_conditions=self.negative, guidance_scale=GUIDANCE
-        )
+            denoise, self.plan, sage.table_for(scheduler), self.x, self.condition,
+            negative_conditions=self.negative, guidance_scale=GUIDANCE,
+        )  # fmt: skip
 
     def check(self, contenders):
         """Raise AssertionError unless every loop ends at the same latents, as far as rounding lets it."""
@@ -95,13 +99,13 @@ class Loops:
 def between(loops, denoise, device):
     """{"us", "launches"} per denoiser call of a loop whose denoiser only hands over an output that lies ready."""
     ready = denoise(torch.cat([loops.x, loops.x]), loops.scheduler.timesteps[0], torch.cat([loops.negative, loops.condition]))
-    nothing, found = lambda *args: ready, {}  # noqa: E731
-    for name, loop in (("diffusers", loops.diffusers), ("sage", loops.sage)):
-        run = lambda loop=loop: loop(nothing)  # noqa: E731
-        seconds = in_turn({name: host_sampler(run, device)}, seconds=0.5)[name]
-        calls = len(loops.table)
-        found[name] = {"us": short(1e6 * spread(seconds)["median"] / calls), "launches": launches(run, device, calls)}
-    return found
+    nothing = lambda *args: ready  # noqa: E731
+    runs = {"diffusers": lambda: loops.diffusers(nothing), "sage": lambda: loops.sage(nothing)}
+    seconds = in_turn({name: host_sampler(run, device) for name, run in runs.items()}, seconds=1.0)
+    return {
+        name: {"us": short(1e6 * spread(seconds[name])["median"] / loops.calls), "launches": launches(run, device, loops.calls)}
+        for name, run in runs.items()
+    }
 
 
 def launches(run, device, calls):

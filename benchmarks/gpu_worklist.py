@@ -26,8 +26,10 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import harness
+
 ROOT = Path(__file__).resolve().parent.parent
-OP_TESTS = ("branch_step", "noise", "group_mean", "gradients", "triton*", "cuda*")
+OP_TESTS = ("branch_step", "noise", "group_mean", "gradients", "backends")
 GRAPH_TESTS = "tests/test_graphs.py"
 SECTIONS = ("SpeedOfLight", "MemoryWorkloadAnalysis", "LaunchStats", "Occupancy", "SchedulerStats", "WarpStateStats")
 TAIL_LINES, TAIL_CHARACTERS = 40, 6000
@@ -68,7 +70,7 @@ class Run:
 
     def __init__(self, args):
         self.device, self.quick, self.name = args.device, args.quick, device_name(args.device)
-        self.slug = re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")
+        self.slug = re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-") + "-quick" * args.quick
         self.results, self.logs = Path(args.results).resolve(), Path(args.results).resolve() / "logs"
         self.path = self.results / f"{self.slug}.json"
 
@@ -206,7 +208,7 @@ def perform(step, run):
                 status = "out of time" if code is None else f"failed with status {code}"
                 break
     entry = {"status": status, "seconds": round(time.monotonic() - started, 1), "limit": step.limit}
-    entry["time"] = time.strftime("%Y-%m-%d %H:%M", time.gmtime())
+    entry |= {"time": time.strftime("%Y-%m-%d %H:%M", time.gmtime()), "commit": harness.commit(), "sources": harness.sources()}
     entry["commands"] = [" ".join(map(str, command.words))[:300] for command in commands]
     entry["tail"] = tail(log)
     if step.report:
@@ -241,7 +243,7 @@ def restore(step, run, before):
     """Give a benchmark its earlier result back where only our JSON still has it, so that it can go on from there."""
     earlier = before["steps"].get(step.name, {}).get("result")
     if earlier and not run.json(step.name).exists():
-        write_json(run.json(step.name), earlier)
+        harness.write_json(run.json(step.name), earlier)
 
 
 def tables(steps):
@@ -262,12 +264,6 @@ def summary(steps, path):
 def listing():
     lines = [f"{step.name:10} {step.limit:4} s  {'' if step.needs_gpu else '(also without a GPU) '}{step.about}" for step in STEPS]
     return "\n".join([*lines, "", f"limits together: {sum(step.limit for step in STEPS) / 60:.0f} minutes; a step ends when it is done"])
-
-
-def write_json(path, result):
-    from harness import write_json
-
-    write_json(path, result)
 
 
 def main():
@@ -302,8 +298,6 @@ def main():
 
 def keep(run, held):
     """Write the JSON, after every step, so that a call that is cut off has lost only the step it was in."""
-    import harness
-
     try:
         held["environment"] = harness.environment(run.device) | {"command": "make gpu"}
     except Exception as error:  # a package that does not even import is what the build step is there to find

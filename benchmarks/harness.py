@@ -152,7 +152,7 @@ def environment(device="cpu"):
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in PACKAGES},
         "kernels": backends.build_info() | {"instructions": backends.cpu_isa() if native else None},
-        "commit": _commit(),
+        "commit": commit(),
         "sources": sources(),
         "command": shlex.join(["python", *sys.argv]),
         "time": time.strftime("%Y-%m-%d %H:%M", time.gmtime()),
@@ -177,8 +177,8 @@ def _processor():
 
 
 def sources():
-    """Short hash of all that the kernels are made of: results with another hash are of another program."""
-    files = sorted(f for folder in ("csrc", "sage_kernels") for f in (ROOT / folder).rglob("*") if f.suffix in SOURCES)
+    """Short hash of all that is measured and of how: results with another hash are of another program."""
+    files = sorted(f for folder in ("csrc", "sage_kernels", "sage", "benchmarks") for f in (ROOT / folder).rglob("*") if f.suffix in SOURCES)
     return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()[:12]
 
 
@@ -195,7 +195,7 @@ def _driver():
     return (_output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") or "").split("\n")[0] or None
 
 
-def _commit():
+def commit():
     """The commit, with a + if tracked files differ from it."""
     head = _output("git", "rev-parse", "--short=12", "HEAD")
     changed = _output("git", "status", "--porcelain", "--untracked-files=no", "--", "csrc", "sage", "sage_kernels", "benchmarks")

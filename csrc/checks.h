@@ -60,8 +60,8 @@ class Checks {
   template <class T>
   const T* vector(const char* name, const Tensor& t, ScalarType dtype, int64_t count) const {
     type(name, t, dtype);
-    SAGE_WANT(t.dim() == 1 && (count < 0 || t.size(0) == count), op_, name, "one value per row: " + std::to_string(count), t,
-              "check its length");
+    SAGE_WANT(t.dim() == 1, op_, name, "one-dimensional", t, "use view(-1)");
+    SAGE_WANT(count < 0 || t.size(0) == count, op_, name, "one value per row: " + std::to_string(count), t, "check its length");
     SAGE_WANT(t.size(0) < 2 || t.stride(0) == 1, op_, name, "contiguous", t, "use contiguous()");
     return static_cast<const T*>(t.data_ptr());
   }

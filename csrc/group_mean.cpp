@@ -21,8 +21,8 @@ DType mask_type(const Tensor& mask) {
   }
 }
 
-void check_values(const GroupMean& args, int64_t count) {
-  bool ascending = args.indptr[0] == 0 && args.indptr[args.rows] == count;
+void check_values(const GroupMean& args) {
+  bool ascending = args.indptr[0] == 0 && args.indptr[args.rows] == args.member_count;
   for (int64_t i = 0; i < args.rows; i++) ascending = ascending && args.indptr[i] < args.indptr[i + 1];
   if (!ascending) refuse(kMean, ": indptr must ascend from 0 to the number of members, without empty groups; check the groups");
 }
@@ -41,7 +41,8 @@ void group_mean(Tensor rows, Tensor indptr, Tensor members, MaybeTensor mask, Te
   args.in = check.rows("rows", rows, rows.scalar_type(), rows, nullptr);
   args.indptr = check.vector<int32_t>("indptr", indptr, ScalarType::Int, args.rows + 1);
   args.members = check.index("members", members, -1, rows.size(0));
-  if (check.on_cpu()) check_values(args, members.size(0));
+  args.member_count = members.size(0);
+  if (check.on_cpu()) check_values(args);
   args.out = check.output("out", out, rows.scalar_type(), rows, args.rows);
   if (mask) {
     SAGE_WANT(mask->dim() > 0, kMean, "mask", "[B, *mask_shape]", *mask, "add a row dimension");
@@ -55,7 +56,8 @@ void group_mean(Tensor rows, Tensor indptr, Tensor members, MaybeTensor mask, Te
 #ifdef SAGE_CUDA
   if (!check.on_cpu()) return launch(check, group_mean_cuda, args);
 #endif
-  over_chunks(args.rows, args.elements, 2, [&](int64_t row, int64_t begin, int64_t end) { group_mean_cpu(args, row, begin, end); });
+  over_chunks(args.rows, args.elements, kSerialHeavyChunks,
+              [&](int64_t row, int64_t begin, int64_t end) { group_mean_cpu(args, row, begin, end); });
   if (mask) {
     for (int64_t row = 0; row < args.rows; row++) group_union_cpu(args, row);
   }

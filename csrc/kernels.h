@@ -2,6 +2,7 @@
 #pragma once
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #if defined(__CUDACC__)
 #define SAGE_INLINE __device__ __forceinline__
@@ -89,7 +90,8 @@ struct Normals {
 struct GroupMean {
   RowsIn in;    // [B, elements]
   RowsIn mask;  // [B, mask_elements], or not given
-  const int32_t *indptr, *members;
+  const int32_t *indptr, *members;  // [rows + 1], [member_count]
+  int64_t member_count;
   void* out;    // [rows, elements], dense
   void* united;  // [rows, mask_elements], dense, or null
   int64_t rows, elements, mask_elements;

@@ -8,7 +8,8 @@
 
 namespace sage {
 
-constexpr int64_t kSerialChunks = 8;  // a thread gets at least this many chunks
+// A thread gets at least this many chunks; fewer where an element costs more than its traffic.
+constexpr int64_t kSerialChunks = 8, kSerialHeavyChunks = 2;
 
 // run(row, begin, end) for every chunk of every row.
 template <class Run>

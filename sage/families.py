@@ -79,8 +79,8 @@ class Rows:
         self.labels = torch.from_numpy(labels)  # [B] node of each leaf
         self.representatives = torch.from_numpy(np.array(representatives, dtype=np.int64))  # [R]
         self.representative_of = self.representatives[self.labels]  # [B]
-        self._leaves = np.concatenate([np.asarray(leaves) for leaves in members])  # node after node
-        self._bounds = np.cumsum([0, *map(len, members)])
+        self._leaves = np.concatenate([np.asarray(leaves) for leaves in members])  # [B] leaves, node after node
+        self._bounds = np.cumsum([0, *map(len, members)])  # [R + 1] where each node's leaves begin
         self._segments: dict[tuple[int, torch.device], tuple[torch.Tensor, torch.Tensor]] = {}
 
     def _index(self, index: torch.Tensor, copies: int, stride: int, device: torch.device) -> torch.Tensor:
@@ -106,7 +106,7 @@ class Rows:
 
     def union(self, x: torch.Tensor, copies: int) -> torch.Tensor:
         """[k·B, ...] → [k·R, ...]: the members' element-wise maximum (a token that counts for one counts for the node)."""
-        nothing = x.new_empty(len(x), 0, dtype=torch.float32)
+        nothing = x.new_empty(len(x), 0, dtype=torch.float32)  # rows of no elements: only the masks are united
         return group_mean(nothing, *self._groups(copies, x.device), mask=x).mask
 
     def expand(self, x: torch.Tensor, copies: int) -> torch.Tensor:

@@ -103,7 +103,7 @@ def sample(
                 history=tuple(history),
                 history_parent=call.history_parent,
                 last_sample=last_sample,
-                noise=None if noise is None else noise(s).to(device=device, dtype=torch.float32),
+                noise=None if noise is None else _drawn(noise, s, x_init),
                 noise_index=None if noise is None else call.representative,
                 seed=call.seed,
                 want_denoised=table.history > 0,
@@ -116,6 +116,14 @@ def sample(
             if on_call is not None:
                 on_call(call.rows.num_nodes)
     return x
+
+
+def _drawn(noise: Callable[[int], torch.Tensor], s: int, x_init: torch.Tensor) -> torch.Tensor:
+    drawn = noise(s)
+    if not torch.is_tensor(drawn) or drawn.shape != x_init.shape:
+        got = tuple(drawn.shape) if torch.is_tensor(drawn) else type(drawn).__name__
+        raise ValueError(f"noise({s}) must be a tensor {tuple(x_init.shape)}, a row per leaf of the plan, got {got}")
+    return drawn.to(device=x_init.device, dtype=torch.float32)
 
 
 class _Eager:
@@ -231,4 +239,6 @@ def _check_conditions(what: str, given: Any, leaves: int) -> list[str]:
             raise TypeError(f"{where} must be a tensor{'' if name else ' or a mapping of tensors'}, got {type(value).__name__}")
         if value.ndim == 0 or len(value) != leaves:
             raise ValueError(f"{where} must have {leaves} rows, one per leaf of the plan, got {tuple(value.shape)}")
+        if RULES.get(name or "encoder_hidden_states") == "mean" and not value.is_floating_point():
+            raise TypeError(f"{where} is averaged over a group and must have a floating dtype, got {value.dtype}; use {where}.float()")
     return sorted(entries)

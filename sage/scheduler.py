@@ -324,7 +324,7 @@ def _table_step(scheduler, base, trajectory: Trajectory, model_output, sample, k
         last_sample=trajectory.last_sample,
         noise=noise,
         noise_index=None if noise is None else parent,
-        want_denoised=trajectory.table.history > 0 or len(dataclasses.fields(_output_class(base))) > 1,
+        want_denoised=trajectory.table.history > 0 or _returns_denoised(base),
         want_corrected=trajectory.table.corrector,
     )
     trajectory.remember(out)
@@ -347,6 +347,11 @@ def _draw_noise(scheduler, trajectory: Trajectory, model_output, sample, kwargs)
 @functools.lru_cache(maxsize=None)
 def _output_class(base: type) -> type:
     return getattr(sys.modules[base.__module__], f"{base.__name__}Output", SchedulerOutput)
+
+
+def _returns_denoised(base: type) -> bool:
+    """Whether the class's `step` returns `pred_original_sample` (or its like) beside `prev_sample`."""
+    return len(dataclasses.fields(_output_class(base))) > 1
 
 
 def _output(base: type, prev_sample, denoised, return_dict: bool):

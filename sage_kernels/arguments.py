@@ -1,13 +1,15 @@
 """Argument checks with messages that say what was wanted, what came and what to do.
 
-The native kernels check the same things, tersely. These run for the reference, under torch.compile, and to explain a refusal;
-only `check_flags` and `check_gradient` run on every call.
+The native `branch_step` checks the same things, tersely: there only `check_flags` and `check_gradient` run on every call, and the
+others to explain a refusal. Everything runs for Triton, for the reference, where a gradient is needed and under torch.compile;
+`check_normals` and `check_groups` run on every call of their ops.
 """
 
 import functools
 import warnings
 
 import torch
+from torch.autograd import forward_ad
 
 from sage_kernels.allocation import MODEL_INPUT
 from sage_kernels.coefficients import COLUMNS
@@ -82,31 +84,53 @@ def _index(name, value, rows, bound, device, what):
             _refuse(ValueError, "branch_step", name, wanted, f"{int(value[row])} at row {row}", "check the plan's indices")
 
 
-def check_flags(history, history_parent, out, want_denoised, want_corrected, model_input):
-    """What the native op cannot see: `model_input` is known, preallocated outputs are there exactly when asked for, and the
-    history has at most three tensors with an index each."""
+def check_flags(history, history_parent, parent, out, want_denoised, want_corrected, model_input):
+    """What the native op cannot see: `model_input` is known, preallocated outputs are there exactly when asked for and as often,
+    and the history has at most three tensors with an index each."""
     if len(history) > 3:
         _refuse(ValueError, "branch_step", "history", "at most m1, m2, m3", f"{len(history)} tensors", "pass the newest three")
     if history_parent is not None and len(history_parent) != len(history):
         count = f"{len(history_parent)} for {len(history)} history tensors"
         wanted = "None or one index tensor per history tensor"
         _refuse(ValueError, "branch_step", "history_parent", wanted, count, "pass one for each")
+    for name, values in (("history", history), ("history_parent", history_parent or ())):
+        if any(value is None for value in values):
+            _refuse(TypeError, "branch_step", name, "tensors, newest first", "None among them", "leave out what is missing at the end")
     if model_input not in MODEL_INPUT:
         known = ", ".join(map(repr, MODEL_INPUT))
         raise ValueError(f"branch_step: model_input must be one of {known}; got {model_input!r}")
     if out is None:
         return
+    if not hasattr(out, "model_input"):
+        _refuse(TypeError, "branch_step", "out", "a BranchStepOut", type(out).__name__, "use sage_kernels.BranchStepOut(...)")
     asked = (("denoised", "want_denoised", want_denoised), ("corrected", "want_corrected", want_corrected))
     for name, flag, value in (*asked, ("model_input", "model_input", model_input)):
         present = getattr(out, name) is not None
         if present != bool(value):
             raise ValueError(f"branch_step: out.{name} is {'a tensor' if present else 'None'} but {flag}={value!r}; make them agree")
+    wanted = MODEL_INPUT.index(model_input) * parent.shape[0] if isinstance(parent, torch.Tensor) and parent.dim() else None
+    if model_input is not None and wanted is not None and out.model_input.shape[:1] != (wanted,):
+        given = tuple(out.model_input.shape)
+        _refuse(ValueError, "branch_step", "out.model_input", f"{wanted} rows for {model_input!r}", f"shape {given}", "make them agree")
+
+
+def check_tangents(op, named):
+    """Refuse rather than return a result whose forward-mode derivative is silently missing."""
+    if forward_ad._current_level < 0:
+        return
+    for name, value in named:
+        if isinstance(value, torch.Tensor) and value.is_floating_point() and forward_ad.unpack_dual(value).tangent is not None:
+            raise NotImplementedError(f"{op}: there is no forward-mode derivative and {name} has a tangent; use reverse mode")
 
 
 def check_gradient(inputs, out):
     """True if the result must be differentiable. Refuse rather than return one whose gradient is silently missing."""
+    check_tangents("branch_step", zip(INPUTS, inputs))
     if not torch.is_grad_enabled():
         return False
+    for name, value in zip(getattr(out, "_fields", ()), out or ()):
+        if getattr(value, "requires_grad", False):
+            raise ValueError(f"branch_step: out.{name} must not require a gradient, got one that does; detach it, or use no_grad()")
     needing = [name for name, value in zip(INPUTS, inputs) if getattr(value, "requires_grad", False)]
     for name in needing:
         if name in NO_GRADIENT:
@@ -285,15 +309,22 @@ def check_normals(seed, call, n, tag):
     device = getattr(seed, "device", torch.device("cpu"))
     _tensor("seed", seed, (torch.int64,), (("R", None),), device, op="normals")
     _tensor("call", call, (torch.int32,), (("R", len(seed)),), device, op="normals")
-    for name, value, bound in (("n", n, None), ("tag", tag, 2**32)):
+    for name, value in (("seed", seed), ("call", call)):
+        if not value.is_contiguous():
+            _refuse(ValueError, "normals", name, "contiguous", f"stride {value.stride()}", f"use {name}.contiguous()")
+    for name, value, bound, remedy in (("n", n, None, "it counts the elements of a row"), ("tag", tag, 2**32, "it is one 32-bit word")):
+        if not isinstance(value, (int, torch.SymInt)):
+            _refuse(TypeError, "normals", name, "an int", type(value).__name__, remedy)
         if value < 0 or (bound is not None and value >= bound):
-            limit = "at least 0" if bound is None else f"in [0, {bound})"
-            raise ValueError(f"normals: {name} must be {limit}, got {value}; it is an ordinary count")
+            _refuse(ValueError, "normals", name, "at least 0" if bound is None else f"in [0, {bound})", value, remedy)
 
 
 def check_groups(rows, indptr, members, mask):
     """Check the arguments of `group_mean`."""
     op = "group_mean"
+    check_tangents(op, (("rows", rows), ("mask", mask)))
+    if torch.is_grad_enabled() and getattr(mask, "requires_grad", False):
+        raise NotImplementedError("group_mean: there is no gradient for mask and it requires one; detach it, or use no_grad()")
     for name, value, dtypes in (("rows", rows, (torch.float64, *MODEL_DTYPES)), ("mask", mask, MASK_DTYPES)):
         if name == "mask" and value is None:
             continue
@@ -308,7 +339,7 @@ def check_groups(rows, indptr, members, mask):
             _refuse(ValueError, op, name, "contiguous", f"stride {value.stride()}", f"use {name}.contiguous()")
     if len(indptr) == 0:
         _refuse(ValueError, op, "indptr", "at least one value", _describe(indptr), "no groups are [0]")
-    if _readable(rows.device):
+    if _readable(rows.device) and not hasattr(rows, "fake_mode"):  # a FakeTensor has no values
         _check_group_values(indptr, members, len(rows))
 
 

@@ -8,13 +8,16 @@ gradients reproduce bit for bit.
 
 import torch
 
-from sage_kernels import allocation, registry
+from sage_kernels import allocation, arguments, registry
 from sage_kernels.allocation import branch_step_outputs
 
 # Places in the op's inputs.
-SAMPLE, MODEL_OUTPUT, TABLE, STEP, PARENT, UNCOND, GUIDANCE, HISTORY, HISTORY_PARENT, LAST = 0, 1, 2, 3, 4, 5, 6, 7, 10, 13
+SAMPLE, MODEL_OUTPUT, TABLE, STEP, PARENT, UNCOND, GUIDANCE, HISTORY, HISTORY_PARENT, LAST = map(
+    arguments.INPUTS.index,
+    ("sample", "model_output", "table", "step", "parent", "uncond_output", "guidance", "history[0]", "history_parent[0]", "last_sample"),
+)
 DIFFERENTIABLE = (SAMPLE, MODEL_OUTPUT, UNCOND, LAST, HISTORY, HISTORY + 1, HISTORY + 2)  # in the order of the backward's outputs
-INPUTS, OPTIONS = 18, 4  # arguments of the functional form: the op's inputs, then what is wanted and the backend
+INPUTS, OPTIONS = len(arguments.INPUTS), 4  # arguments of the functional form: the op's inputs, then what is wanted and the backend
 
 registry.LIBRARY.define(
     f"branch_step_functional({registry.BRANCH_STEP_INPUTS}, bool want_denoised, bool want_corrected, int copies, str backend) "
@@ -92,7 +95,7 @@ def _branch_step_backward(ctx, *grads):
 def _group_mean(rows, indptr, members, mask, backend):
     groups = indptr.shape[0] - 1
     out = allocation.empty((groups, *rows.shape[1:]), rows)
-    union = None if mask is None else mask.new_empty((groups, *mask.shape[1:]))
+    union = None if mask is None else allocation.empty((groups, *mask.shape[1:]), mask)
     registry.choose("group_mean", backend, rows.device)[1](rows, indptr, members, mask, out, union)
     return (out, *_none_as_empty(rows, union))
 
@@ -110,7 +113,7 @@ def _save_groups(ctx, inputs, output):
 
 
 def _group_mean_backward(ctx, grad, _):
-    """Every member gets its group's gradient divided by the group's size; float64 sums where groups overlap."""
+    """Every row gets the gradient of each group that it is a member of, divided by the group's size: float64, in their order."""
     _refuse_second_derivative("group_mean", (grad,))
     if grad is None:
         return (None,) * 5
@@ -118,7 +121,8 @@ def _group_mean_backward(ctx, grad, _):
     counts = indptr[1:] - indptr[:-1]
     share = grad.double() / counts.view(-1, *[1] * (grad.dim() - 1))
     share = torch.repeat_interleave(share, counts, dim=0, output_size=members.shape[0])
-    total = share.new_zeros(ctx.rows, *grad.shape[1:]).index_add_(0, members.long(), share)
+    first, places = _segments(members, ctx.rows)
+    total = torch.segment_reduce(share.index_select(0, places), "sum", offsets=first.long(), axis=0, initial=0.0)
     return total.to(grad.dtype), None, None, None, None
 
 
@@ -129,5 +133,5 @@ def _register(name, run, fake, save, backward):
     return getattr(torch.ops.sage_kernels, name).default
 
 
-FUNCTIONAL = _register("branch_step_functional", _branch_step, _fake_branch_step, _save, _branch_step_backward)
-MEAN = _register("group_mean_functional", _group_mean, _fake_group_mean, _save_groups, _group_mean_backward)
+branch_step_functional = _register("branch_step_functional", _branch_step, _fake_branch_step, _save, _branch_step_backward)
+group_mean_functional = _register("group_mean_functional", _group_mean, _fake_group_mean, _save_groups, _group_mean_backward)

@@ -85,6 +85,8 @@ def _cuda_refusal():
     info = build_info()
     if "cuda" not in info["native"]:
         return _NATIVE_REFUSAL or f"built without CUDA kernels: {info['cuda_reason']}"
+    if not torch._C._dispatch_has_kernel_for_dispatch_key("sage_kernels::branch_step", "CUDA"):
+        return "the library that is installed has no CUDA kernels, though it was to have them"
     reason = _NATIVE_REFUSAL or _no_gpu()
     if reason is None and torch.version.hip:
         reason = "the CUDA kernels are for NVIDIA GPUs, and this torch is built for ROCm"
@@ -139,6 +141,11 @@ def _choose(name, kind):
         mend = "" if name == "triton" else f". To get it: {_MEND if name == 'cpu' else CUDA_MEND}"
         raise RuntimeError(f"backend {name!r} cannot run: {refusal}{mend}")
     return name
+
+
+# It asks the system, which torch.compile cannot trace. This is what torch.compiler.assume_constant_result sets; calling that would
+# import the whole compiler.
+_choose._dynamo_marked_constant = True
 
 
 def resolve(name, device):

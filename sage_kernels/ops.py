@@ -6,7 +6,7 @@ import torch
 
 from sage_kernels import allocation, arguments, registry
 from sage_kernels.allocation import MODEL_INPUT, branch_step_outputs
-from sage_kernels.autograd import FUNCTIONAL, MEAN
+from sage_kernels.autograd import branch_step_functional, group_mean_functional
 
 
 class BranchStepOut(NamedTuple):
@@ -89,7 +89,7 @@ def branch_step(
 
     Raises:
         TypeError on dtype or device, ValueError on shapes, ranges and combinations, NotImplementedError when a gradient would
-        be needed that does not exist. On devices other than CPU, index ranges and missing inputs are not looked at (that would
+        be needed that does not exist, RuntimeError when a backend forced by name cannot run here. On devices other than CPU, index ranges and missing inputs are not looked at (that would
         wait for the device): a row that needs an input which was not given, or whose index is out of range, comes out as NaN
         there (the reference lets torch's own device assertion stop it).
 
@@ -102,7 +102,7 @@ def branch_step(
     """
     chosen, op = registry.choose("branch_step", backend, getattr(sample, "device", "cpu"))
     wanted = (want_denoised, want_corrected, model_input)
-    arguments.check_flags(history, history_parent, out, *wanted)
+    arguments.check_flags(history, history_parent, parent, out, *wanted)
     m1, m2, m3 = (*history, None, None, None)[:3]
     i1, i2, i3 = (None, None, None) if history_parent is None else (*history_parent, None, None, None)[:3]
     inputs = (
@@ -110,7 +110,7 @@ def branch_step(
         noise, noise_index, seed, call,
     )  # fmt: skip
     if arguments.check_gradient(inputs, out):
-        return _differentiable(inputs, history, history_parent, *wanted, backend)
+        return _differentiable(inputs, history, history_parent, *wanted, backend, chosen)
     refusal = None
     if chosen in ("cpu", "cuda") and not torch.compiler.is_compiling():
         try:  # the native op checks its arguments itself; a refusal is explained below
@@ -129,15 +129,26 @@ def _run(op, inputs, out, want_denoised, want_corrected, model_input):
     if out is None:
         copies = MODEL_INPUT.index(model_input)
         out = BranchStepOut(*branch_step_outputs(inputs[0], inputs[1], inputs[4].shape[0], want_denoised, want_corrected, copies))
+        op(*inputs, *out)
+        return out
     op(*inputs, *out)
+    if not torch.compiler.is_compiling():
+        _bump(out)
     return out
 
 
-def _differentiable(inputs, history, history_parent, want_denoised, want_corrected, model_input, backend):
+def _bump(out):
+    """Tell autograd that these tensors have changed, so that nothing differentiates through what they held before."""
+    changed = [t for t in out if t is not None and not t.is_inference()]
+    if changed:
+        torch.autograd.graph.increment_version(changed)
+
+
+def _differentiable(inputs, history, history_parent, want_denoised, want_corrected, model_input, backend, chosen):
     arguments.check_inputs(inputs, history, history_parent)
-    dense = inputs if backend == "reference" else arguments.dense_rows(inputs)
+    dense = inputs if chosen == "reference" else arguments.dense_rows(inputs)
     copies = MODEL_INPUT.index(model_input)
-    results = FUNCTIONAL(*dense, want_denoised, want_corrected, copies, backend)
+    results = branch_step_functional(*dense, want_denoised, want_corrected, copies, backend)
     return BranchStepOut(*(t if wanted else None for t, wanted in zip(results, (True, want_denoised, want_corrected, copies))))
 
 
@@ -155,7 +166,7 @@ def normals(seed, call, n, *, tag=0, backend="auto"):
         [R, n], float32. A row depends on its seed, call and tag alone; a shorter row is a prefix of a longer one.
 
     Raises:
-        TypeError on dtype, ValueError on shape or range.
+        TypeError on dtype, ValueError on shape or range, RuntimeError when a backend forced by name cannot run here.
 
     Notes:
         **Deterministic, the same bits from every backend.** Definition: `sage_kernels.philox`.
@@ -184,9 +195,10 @@ def group_mean(rows, indptr, members, *, mask=None, backend="auto"):
         GroupMeanOut(rows [R, *shape], mask [R, *mask_shape] or None), in the dtypes that came. Never aliases an input.
 
     Raises:
-        TypeError on dtype or device, ValueError on shapes, empty groups and ranges. On devices other than CPU, values are not
-        looked at (that would wait for the device): a group without members gives NaN and mask 0, and a member out of range NaN
-        and mask 0 (the reference lets torch's own device assertion stop it).
+        TypeError on dtype or device, ValueError on shapes, empty groups and ranges, RuntimeError when a backend forced by name
+        cannot run here. On devices other than CPU, values are not looked at (that would wait for the device): a group without
+        members gives NaN and mask 0; one with a member out of range, or whose bounds are, gives NaN, and 0 for that member's
+        mask (the reference lets torch's own device assertion stop it).
 
     Notes:
         **Deterministic, and every backend gives the same bits.** Sums are float64, in the order of `members`, divided once and
@@ -196,5 +208,5 @@ def group_mean(rows, indptr, members, *, mask=None, backend="auto"):
     arguments.check_groups(rows, indptr, members, mask)
     if backend != "reference":
         rows, mask = arguments.dense_groups(rows, mask)
-    mean, union = MEAN(rows, indptr, members, mask, backend)
+    mean, union = group_mean_functional(rows, indptr, members, mask, backend)
     return GroupMeanOut(mean, None if mask is None else union)

@@ -104,7 +104,7 @@ def branch_step(
 
     missing = torch.full((), float("nan"), dtype=dtype, device=x.device)
     m1, m2, m3 = (
-        _gather(history[i], parents[i], dtype) if i < len(history) else missing for i in range(3)
+        _gather(history[i], parents[i], dtype) if i < len(history) and history[i] is not None else missing for i in range(3)
     )
     last = missing if last_sample is None else _gather(last_sample, parent, dtype)
     draw = _noise(noise, noise_index, seed, call, step, x, dtype, missing)
@@ -210,7 +210,8 @@ def group_mean(rows, indptr, members, mask=None):
     """out[i] = mean of rows[members[k]] over indptr[i] <= k < indptr[i + 1]; masks: their element-wise maximum.
 
     The sum is float64, from the first member on in order, divided by the count once and rounded to float32 and then to the
-    rows' dtype (float64 rows: not rounded), so that the mean of equal rows is exactly that row. A maximum with NaN is NaN.
+    rows' dtype (float64 rows: not rounded), so that the mean of equal rows is exactly that row. Of equal values
+    (+0 and -0 are) a maximum keeps the earlier one, and a NaN for good.
 
     Args:
         rows (Tensor): [B, *shape], float64, float32, bfloat16 or float16.
@@ -228,7 +229,8 @@ def group_mean(rows, indptr, members, mask=None):
         value = rows[member].double()
         total = torch.where(_over(there, rows), total + value if j else value, total)
         if mask is not None:
-            best = torch.maximum(union, mask[member]) if j else mask[member]
+            keeps = (union >= mask[member]) | (union != union)
+            best = torch.where(keeps, union, mask[member]) if j else mask[member]
             union = torch.where(_over(there, mask), best, union)
     mean = total / _over(indptr[1:] - indptr[:-1], rows)
     return mean if rows.dtype == torch.float64 else mean.float().to(rows.dtype), union

@@ -1,7 +1,8 @@
 """The torch ops: schemas, what runs them, and which overload a backend means.
 
 Every op exists three times: `name` runs the native kernel attached for the device (C++ or CUDA) and without one the reference,
-with a warning; `name_triton` and `name_reference` are those backends. All write into tensors that the caller gives.
+with a warning; `name_triton` and `name_reference` are those backends. All write into tensors that the caller gives. The
+functional forms, which allocate and know their gradients, are in sage_kernels/autograd.py.
 """
 
 import importlib
@@ -46,7 +47,7 @@ def _branch_step(
         parent,
         uncond_output=uncond_output,
         guidance=guidance,
-        history=[m for m in (m1, m2, m3) if m is not None],
+        history=(m1, m2, m3),
         history_parent=[parent if i is None else i for i in (m1_parent, m2_parent, m3_parent)],
         last_sample=last_sample,
         noise=noise,

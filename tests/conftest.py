@@ -1,12 +1,14 @@
 """Shared by all tests: outputs that no kernel wrote are NaN, and every device and backend that is here is tested."""
 
+import shutil
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
 
 from sage_kernels import allocation, backends
-from sage_kernels.testing import ISAS, isa_refusal
+from sage_kernels.testing import ISAS, isa_refusal, poisoned
 
 GPU = pytest.mark.gpu
 DEVICES = ["cpu", pytest.param("cuda", marks=GPU)]
@@ -17,11 +19,11 @@ def poison(monkeypatch):
     """An output element that a kernel forgets to write cannot pass for a result."""
     empty = allocation.empty
 
-    def poisoned(*args):
+    def filled(*args):
         result = empty(*args)
-        return result if torch.compiler.is_compiling() else result.fill_(float("nan"))
+        return result if torch.compiler.is_compiling() else poisoned(result)
 
-    monkeypatch.setattr(allocation, "empty", poisoned)
+    monkeypatch.setattr(allocation, "empty", filled)
 
 
 @pytest.fixture
@@ -39,6 +41,17 @@ def device(request):
     if request.param == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     return request.param
+
+
+def cuobjdump():
+    """The tool that reads compiled CUDA kernels: from the CUDA toolkit, or the one that comes with Triton."""
+    on_path = shutil.which("cuobjdump")
+    if on_path is None:
+        triton = pytest.importorskip("triton", reason="cuobjdump comes with the CUDA toolkit or with triton")
+        on_path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    if not Path(on_path).exists():
+        pytest.skip("no cuobjdump")
+    return str(on_path)
 
 
 class Runner(NamedTuple):

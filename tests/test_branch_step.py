@@ -1,6 +1,9 @@
 """branch_step against its specification: by bits, on every backend, and the specification against float64."""
 
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -13,6 +16,7 @@ from sage_kernels.coefficients import COLUMNS
 from sage_kernels.testing import DTYPE_NAMES, DTYPES, isa_refusal, moved, random_case, same_bits, table_row
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+ROOT = Path(__file__).resolve().parent.parent
 EVERYTHING = {"want_corrected": True, "model_input": "double"}
 
 
@@ -55,14 +59,13 @@ def test_zeros_infinities_and_subnormals_keep_their_bits(runner, corrected):
     special = torch.tensor([0.0, -0.0, 1e-45, -1e-40, 1.0, -1.0, 3e38, float("inf"), -float("inf"), float("nan")])
     x, y = (t.flatten()[None].contiguous() for t in torch.meshgrid(special, special, indexing="ij"))
     zero = torch.zeros(1, dtype=torch.int32)
-    for row in (table_row(p=1.0, q=1.0, a=1.0, b0=-1.0), table_row(p=1.0, a=-1.0, s=-1.0), table_row(q=-0.5, b0=2.0, a=0.5, clip=1.0)):
+    rows = [table_row(p=1.0, q=1.0, a=1.0, b0=-1.0), table_row(p=1.0, a=-1.0, s=-1.0), table_row(q=-0.5, b0=2.0, a=0.5, clip=1.0)]
+    rows += [table_row(q=1.0, b0=1.0, clip=bound) for bound in (0.0, -0.0)]
+    for row in rows:
         assert_equals_reference((x, y, row, zero, zero), {}, *runner, want_corrected=corrected, model_input="single")
 
 
-@pytest.mark.deep
-@pytest.mark.parametrize("backend", ["auto", pytest.param("cuda", marks=pytest.mark.gpu), pytest.param("triton", marks=pytest.mark.gpu)])
-@hypothesis.settings(max_examples=500, deadline=None)
-@hypothesis.given(
+RANDOM = strategies.tuples(
     strategies.integers(0, 2**31),
     strategies.integers(1, 5),
     strategies.integers(0, 9),
@@ -74,12 +77,31 @@ def test_zeros_infinities_and_subnormals_keep_their_bits(runner, corrected):
     strategies.booleans(),
     strategies.booleans(),
 )
-def test_random_cases_equal_the_reference(backend, seed, rows_in, rows_out, shape, dtypes, noise, model_input, guided, corrected, denoised):
+
+
+def assert_random_case(drawn, backend, device):
+    seed, rows_in, rows_out, shape, dtypes, noise, model_input, guided, corrected, denoised = drawn
     case = random_case(seeded(seed), rows_in, rows_out, shape, dtypes, guided=guided, noise=noise, history_parent=corrected)
-    device = "cpu" if backend == "auto" else "cuda"
-    if device == "cuda" and (not torch.cuda.is_available() or sage_kernels.backends.available()[backend]):
-        pytest.skip(f"{backend} does not run here")
-    assert_equals_reference(*case, backend, device, want_denoised=denoised, want_corrected=corrected, model_input=model_input)
+    options = {"want_denoised": denoised, "want_corrected": corrected, "model_input": model_input}
+    assert_equals_reference(*case, backend, device, **options)
+
+
+@pytest.mark.deep
+@hypothesis.settings(max_examples=500, deadline=None)
+@hypothesis.given(RANDOM)
+def test_random_cases_equal_the_reference(drawn):
+    assert_random_case(drawn, "auto", "cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+@hypothesis.settings(max_examples=60, deadline=None)  # Triton compiles for most of them
+@hypothesis.given(RANDOM)
+def test_random_cases_equal_the_reference_on_a_gpu(backend, drawn):
+    refusal = sage_kernels.backends.available()[backend] or (None if torch.cuda.is_available() else "no GPU here")
+    if refusal:
+        pytest.skip(f"{backend}: {refusal}")
+    assert_random_case(drawn, backend, "cuda")
 
 
 @pytest.mark.parametrize("dtypes", DTYPES, ids=DTYPE_NAMES)
@@ -101,6 +123,30 @@ def test_rows_may_lie_anywhere(device, dtypes):
         arguments = keyword | {"history": history, "uncond_output": moved["uncond_output"], "last_sample": moved["last_sample"]}
         result = sage_kernels.branch_step(moved["sample"], moved["model_output"], *positional[2:], **arguments, **EVERYTHING)
         assert all(same_bits(a, b) for a, b in zip(result, expected)), move.__name__
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+@pytest.mark.parametrize("bad", [-1, 3, 2**31 - 1, -(2**31)])
+@pytest.mark.parametrize("name", ["parent", "step", "history_parent", "noise_index"])
+def test_a_bad_index_on_a_device_makes_its_row_nan_and_no_other(backend, name, bad):
+    if not torch.cuda.is_available() or sage_kernels.backends.available()[backend]:
+        pytest.skip(f"{backend} does not run here")
+    row = table_row(p=1.2, q=-0.6, a=0.8, b0=0.3, b1=-0.1, b2=0.2, c=0.5, u0=1.0).expand(3, -1).contiguous()
+    x, y, m1, m2, noise = (torch.randn(3, 300, generator=seeded(i)) for i in range(5))
+    index = {key: torch.tensor([0, 1, 2, 1], dtype=torch.int32) for key in ("parent", "step", "h1", "h2", "noise_index")}
+
+    def step(index):
+        keyword = {"history": (m1, m2), "history_parent": (index["h1"], index["h2"]), "noise": noise, "noise_index": index["noise_index"]}
+        arguments = moved((x, y, row, index["step"], index["parent"]), "cuda"), moved(keyword, "cuda")
+        return moved(sage_kernels.branch_step(*arguments[0], **arguments[1], backend=backend), "cpu")
+
+    good = step(index)
+    key = "h2" if name == "history_parent" else name
+    wrong = step(index | {key: index[key].index_fill(0, torch.tensor([2]), bad)})
+    assert wrong.sample[2].isnan().all() and wrong.denoised[2].isnan().all() == (name in ("parent", "step"))
+    others = [0, 1, 3]
+    assert same_bits(wrong.sample[others], good.sample[others]) and same_bits(wrong.denoised[others], good.denoised[others])
 
 
 def test_shared_rows_and_broadcast_rows():
@@ -358,6 +404,16 @@ BAD = {
     "model input": (lambda a: a.update(model_input="triple"), ValueError, "must be one of None, 'single', 'double'; got 'triple'"),
     "out flags": (lambda a: a.update(out_of(a), want_corrected=True), ValueError, "out.corrected is None but want_corrected=True"),
     "out missing": (lambda a: a.update(out_of(a, denoised=lambda t: None)), ValueError, "out.denoised is None but want_denoised=True"),
+    "out kind": (lambda a: a.update(out=(None,) * 4), TypeError, "out must be a BranchStepOut, got tuple"),
+    "out rows": (
+        lambda a: a.update(out=sage_kernels.branch_step(**a, model_input="double"), model_input="single"),
+        ValueError,
+        r"out.model_input must be 4 rows for 'single', got shape \(8, 6\)",
+    ),
+    "out with a gradient": (
+        lambda a: a.update(out_of(a, sample=torch.Tensor.requires_grad_)), ValueError, "out.sample must not require a gradient"
+    ),
+    "history of nothing": (changed("history", lambda t: (None, *t[1:])), TypeError, "history must be tensors, newest first, got None"),
     "out dtype": (lambda a: a.update(out_of(a, sample=torch.Tensor.double)), TypeError, "out.sample must be float32"),
     "out shape": (lambda a: a.update(out_of(a, denoised=lambda t: t[:3])), ValueError, r"out.denoised must be .*got float32 \(3, 6\)"),
     "out layout": (lambda a: a.update(out_of(a, sample=lambda t: t.t().contiguous().t())), ValueError, "out.sample must be contiguous"),
@@ -426,6 +482,58 @@ def test_no_gradient_goes_missing(name):
         sage_kernels.branch_step(**arguments)
     with torch.no_grad():
         assert not sage_kernels.branch_step(**arguments).sample.requires_grad
+
+
+def test_outputs_that_are_written_again_are_known_to_autograd():
+    """What was saved for a backward pass must not change unseen."""
+    positional, keyword = random_case(seeded(13), 3, 4, (9,))
+    out = sage_kernels.branch_step(*positional, **keyword)
+    weight = torch.randn(4, 9, requires_grad=True)
+    loss = (weight * out.sample).sum()
+    with torch.no_grad():
+        sage_kernels.branch_step(*positional, **keyword, out=out)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    with torch.inference_mode():
+        inside = sage_kernels.branch_step(*positional, **keyword)
+        sage_kernels.branch_step(*positional, **keyword, out=inside)
+
+
+def test_forward_mode_is_refused():
+    positional, keyword = random_case(seeded(14), 3, 4, (9,))
+    x, rest = positional[0], positional[1:]
+    with pytest.raises(NotImplementedError, match="no forward-mode derivative and sample has a tangent"):
+        torch.func.jvp(lambda x: sage_kernels.branch_step(x, *rest, **keyword).sample, (x,), (torch.ones_like(x),))
+    groups = torch.tensor([0, 3], dtype=torch.int32), torch.tensor([0, 1, 2], dtype=torch.int32)
+    with pytest.raises(NotImplementedError, match="group_mean: there is no forward-mode derivative and rows has a tangent"):
+        torch.func.jvp(lambda x: sage_kernels.group_mean(x, *groups).rows, (x,), (torch.ones_like(x),))
+
+
+def test_a_gap_in_the_history_stays_a_gap():
+    """The raw op may be given m2 without m1; its reference must not move it up."""
+    arguments = native_arguments()
+    arguments[2] = table_row(p=1.0, a=0.5, b2=0.5).expand(5, -1).contiguous()
+    arguments[7] = arguments[10] = None
+    results = []
+    for name in ("branch_step", "branch_step_reference"):
+        arguments[18:22] = [torch.full_like(t, float("nan")) for t in arguments[18:22]]
+        getattr(torch.ops.sage_kernels, name)(*arguments)
+        results.append(arguments[18])
+    assert same_bits(*results) and not results[0].isnan().any()
+
+
+COMPILED_FIRST = """
+import torch, sage_kernels
+from sage_kernels.testing import random_case, same_bits
+positional, keyword = random_case(torch.Generator().manual_seed(0), 3, 5, (70,))
+step = lambda *args, **options: sage_kernels.branch_step(*args, **options).sample
+compiled = torch.compile(step, fullgraph=True, backend="aot_eager")(*positional, **keyword)
+assert same_bits(compiled, step(*positional, **keyword))
+"""
+
+
+def test_compiles_in_a_process_that_has_not_called_it_before():
+    subprocess.run([sys.executable, "-c", COMPILED_FIRST], check=True, cwd=ROOT)
 
 
 def native_arguments():

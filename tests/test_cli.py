@@ -392,6 +392,18 @@ def test_info():
     assert "dpm++2m" in listed and "DDIMScheduler" in listed and "PNDMScheduler" in listed
 
 
+def test_info_says_how_to_get_the_gpu_kernels(monkeypatch):
+    import torch
+
+    from sage.info import info_text
+    from sage_kernels import backends
+
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(backends, "build_info", lambda: backends._UNBUILT | {"native": ["cpu"], "cuda_reason": "no nvcc"})
+    text = info_text()
+    assert "built without CUDA kernels: no nvcc" in text and backends.CUDA_MEND in text and "auto on cpu" in text
+
+
 @pytest.mark.parametrize("command", [(), ("info",), ("plan",), ("generate",)])
 def test_help_teaches(command):
     result = sage(*command, "--help")

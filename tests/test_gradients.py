@@ -191,12 +191,25 @@ def test_gradients_reproduce(device):
     assert all(same_bits(first[name], second[name]) for name in first)
 
 
+def test_gradients_of_group_mean_reproduce_where_groups_overlap(device):
+    rows = torch.randn(5, 1000, generator=seeded(12)).to(device).requires_grad_()
+    indptr, members = int32(0, 4, 9).to(device), int32(0, 1, 1, 2, 4, 1, 1, 2, 0).to(device)
+    grad = torch.randn(2, 1000, generator=seeded(13)).to(device)
+    first, second = (torch.autograd.grad(sage_kernels.group_mean(rows, indptr, members).rows, rows, grad)[0] for _ in range(2))
+    assert same_bits(first, second) and not first[3].any()
+    weights = torch.tensor([[1, 2, 1, 0, 0], [1, 2, 1, 0, 1]], device=device) / torch.tensor([[4.0], [5.0]], device=device)
+    assert torch.allclose(first, weights.T @ grad, rtol=1e-5, atol=1e-6)
+
+
 def test_second_derivatives_are_refused():
     positional, keyword = case_of(10)
     x = positional[0].clone().requires_grad_()
     out = sage_kernels.branch_step(x, *positional[1:], **keyword)
     with pytest.raises(NotImplementedError, match="branch_step: there is no second derivative; use create_graph=False"):
         torch.autograd.grad(out.sample.pow(2).sum(), x, create_graph=True)
+    mean = sage_kernels.group_mean(x, int32(0, 2), int32(0, 2)).rows
+    with pytest.raises(NotImplementedError, match="group_mean: there is no second derivative"):
+        torch.autograd.grad(mean.pow(2).sum(), x, create_graph=True)
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])

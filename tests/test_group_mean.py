@@ -105,6 +105,33 @@ def test_the_mean_of_equal_rows_is_that_row(runner, dtype):
         assert same_bits(moved(result, "cpu"), row)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+@pytest.mark.parametrize(
+    ("indptr", "members"), [((0, 2, 5), (0, 1, 2, 9, 0)), ((0, 2, 5), (0, 1, 2, -1, 0)), ((0, 2, 99), (0, 1, 2, 3, 0)), ((0, 2, 2), (0, 1))]
+)
+def test_bad_groups_on_a_device_are_nan_and_leave_the_others_alone(backend, indptr, members):
+    if not torch.cuda.is_available() or sage_kernels.backends.available()[backend]:
+        pytest.skip(f"{backend} does not run here")
+    rows, mask = torch.randn(4, 40, generator=seeded(7)), torch.eye(4).bool()
+    on_device = moved((rows, int32(*indptr), int32(*members)), "cuda")
+    result = moved(sage_kernels.group_mean(*on_device, mask=mask.cuda(), backend=backend), "cpu")
+    assert result.rows[1].isnan().all() and same_bits(result.rows[0], rows[:2].double().mean(0).float())
+    assert result.mask[0].tolist() == [True, True, False, False] and not result.mask[1, 1]
+
+
+def test_unions_of_equal_values_keep_the_first_and_nan_stays(runner):
+    nan, mask = float("nan"), torch.tensor([[0.0, -0.0, 1.0], [-0.0, 0.0, float("nan")], [1.0, -1.0, 5.0]]).repeat(1, 11)
+    groups = int32(0, 2, 3), int32(0, 1, 2)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        rows = torch.zeros(3, 2)
+        expected = sage_kernels.group_mean(rows, *groups, mask=mask.to(dtype), backend="reference").mask
+        on_device = moved((rows, *groups), runner.device)
+        result = sage_kernels.group_mean(*on_device, mask=mask.to(dtype).to(runner.device), backend=runner.backend).mask
+        assert same_bits(moved(result, "cpu"), expected)
+        assert same_bits(expected[0, :3], torch.tensor([0.0, -0.0, nan], dtype=dtype))
+
+
 def test_the_specification_is_the_mean():
     rows = torch.randn(12, 5, generator=seeded(4), dtype=torch.float64)
     groups = int32(0, 4, 5, 12), torch.randperm(12, generator=seeded(5)).int()
@@ -157,6 +184,7 @@ GOOD = {"rows": torch.randn(4, 6), "indptr": int32(0, 3, 4), "members": int32(3,
         ({"members": int32(3, 3, 0, 0, 1, 1, 2, 2)[::2]}, ValueError, "members must be contiguous"),
         ({"mask": torch.zeros(3, 2)}, ValueError, r"mask must be .*got float32 \(3, 2\)"),
         ({"mask": torch.zeros(4, 2, dtype=torch.complex64)}, TypeError, "mask must be bool or uint8 or int32"),
+        ({"mask": torch.rand(4, 2, requires_grad=True)}, NotImplementedError, "group_mean: there is no gradient for mask"),
         ({"backend": "rocm"}, ValueError, "backend must be one of auto, reference, cpu"),
     ],
 )

@@ -223,6 +223,7 @@ def test_low_precision_state_stays_low(pipe):
         (dict(conditions={"text_embeds": torch.zeros(3, 2)}), ValueError, r"conditions\['text_embeds'\] must have 5 rows"),
         (dict(conditions={"style": torch.zeros(5, 2)}), ValueError, r"conditions\['style'\] has no rule"),
         (dict(conditions=None), TypeError, "conditions must be a tensor or a mapping of tensors, got NoneType"),
+        (dict(conditions=torch.zeros(5, 2).long()), TypeError, "conditions is averaged over a group and must have a floating dtype"),
         (dict(guidance_scale=2.0), ValueError, "negative_conditions are required for guidance_scale 2.0"),
         (dict(guidance_scale=float("nan")), ValueError, "guidance_scale must be finite, got nan"),
         (dict(guidance_scale=2.0, negative_conditions={"text_embeds": torch.zeros(5, 2)}), ValueError, "must have the structure"),
@@ -239,3 +240,10 @@ def test_bad_input_is_refused_before_the_denoiser_runs(change, error, message):
     arguments.pop("solver", None)
     with pytest.raises(error, match=message):
         sage.sample(lambda *args: pytest.fail("the denoiser ran"), flat(), table, **arguments)
+
+
+@pytest.mark.parametrize("drawn", [None, torch.zeros(4, *SHAPE), torch.zeros(6, *SHAPE), torch.zeros(5, 3)])
+def test_noise_of_another_shape_is_refused(pipe, drawn):
+    native = Native(pipe, "euler-a")
+    with pytest.raises(ValueError, match=r"noise\(0\) must be a tensor \(5, 4, 8, 8\), a row per leaf of the plan, got"):
+        native.run(flat(), seeds=None, noise=lambda call: drawn)

@@ -122,10 +122,5 @@ static void step_back(const BranchStepBackward& args, int64_t row, int64_t begin
 }
 
 static void branch_step_backward(const BranchStepBackward& args, int64_t row, int64_t begin, int64_t end) {
-  if (args.model == DType::kFloat32) return step_back<float, float>(args, row, begin, end);
-  const bool wide = args.state == DType::kFloat32;
-  if (args.model == DType::kBFloat16) {
-    return wide ? step_back<BFloat16, float>(args, row, begin, end) : step_back<BFloat16, BFloat16>(args, row, begin, end);
-  }
-  return wide ? step_back<Float16, float>(args, row, begin, end) : step_back<Float16, Float16>(args, row, begin, end);
+  with_types(args.model, args.state, [&](auto m, auto s) { step_back<decltype(m), decltype(s)>(args, row, begin, end); });
 }

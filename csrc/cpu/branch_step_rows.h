@@ -90,10 +90,5 @@ static void step_row(const BranchStep& args, int64_t row, int64_t begin, int64_t
 }
 
 static void branch_step(const BranchStep& args, int64_t row, int64_t begin, int64_t end) {
-  if (args.model == DType::kFloat32) return step_row<float, float>(args, row, begin, end);
-  const bool wide = args.state == DType::kFloat32;
-  if (args.model == DType::kBFloat16) {
-    return wide ? step_row<BFloat16, float>(args, row, begin, end) : step_row<BFloat16, BFloat16>(args, row, begin, end);
-  }
-  return wide ? step_row<Float16, float>(args, row, begin, end) : step_row<Float16, Float16>(args, row, begin, end);
+  with_types(args.model, args.state, [&](auto m, auto s) { step_row<decltype(m), decltype(s)>(args, row, begin, end); });
 }

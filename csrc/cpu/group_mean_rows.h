@@ -1,16 +1,6 @@
 // group_mean: the mean of one group's rows, and the union of their masks.
 
-SAGE_INLINE double as_double(double v) { return v; }
-SAGE_INLINE double as_double(float v) { return v; }
-SAGE_INLINE double as_double(BFloat16 v) { return widen(v); }
-SAGE_INLINE double as_double(Float16 v) { return widen(v); }
-
-SAGE_INLINE void round_to(double value, double& out) { out = value; }
-SAGE_INLINE void round_to(double value, float& out) { out = static_cast<float>(value); }
-template <class Half>
-SAGE_INLINE void round_to(double value, Half& out) {
-  narrow(static_cast<float>(value), out);
-}
+#include "../group_math.h"
 
 template <class T>
 static void mean_of(const GroupMean& args, int64_t row, int64_t begin, int64_t end) {
@@ -40,14 +30,6 @@ static void group_mean(const GroupMean& args, int64_t row, int64_t begin, int64_
     default: return mean_of<Float16>(args, row, begin, end);
   }
 }
-
-// Whether `a` is kept when `b` comes: the larger one, or a NaN.
-template <class T>
-SAGE_INLINE bool keeps(T a, T b) {
-  return a >= b || a != a;
-}
-SAGE_INLINE bool keeps(BFloat16 a, BFloat16 b) { return keeps(widen(a), widen(b)); }
-SAGE_INLINE bool keeps(Float16 a, Float16 b) { return keeps(widen(a), widen(b)); }
 
 template <class T>
 static void union_of(const GroupMean& args, int64_t row) {

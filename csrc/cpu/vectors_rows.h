@@ -21,6 +21,9 @@ struct Float16 {
   uint16_t bits;
 };
 
+SAGE_INLINE float widen(float f) { return f; }
+SAGE_INLINE void narrow(float f, float& to) { to = f; }
+
 SAGE_INLINE float widen(BFloat16 h) { return bits_as<float>(static_cast<uint32_t>(h.bits) << 16); }
 
 // Rounds to nearest, ties to even; NaN stays NaN.
@@ -136,14 +139,14 @@ SAGE_INLINE Vec guide(Vec cond, Vec uncond, float g) { return g * (cond - uncond
 
 // Comparisons with NaN are false, so NaN passes.
 SAGE_INLINE Floats clamped(Floats value, float bound) {
-  const Floats high = Floats{} + bound, low = -high;
+  const Floats high = bound - Floats{}, low = -high;
   value = value > high ? high : value;
   return value < low ? low : value;
 }
 
 // `value` where `stored` is within its bound, else 0.
 SAGE_INLINE Floats where_within(Floats stored, float bound, Floats value) {
-  const Floats high = Floats{} + bound, low = -high;
+  const Floats high = bound - Floats{}, low = -high;
   value = stored > high ? Floats{} : value;
   return stored < low ? Floats{} : value;
 }
@@ -152,4 +155,13 @@ template <class T>
 static const T* row_of(const RowsIn& rows, int64_t row) {
   if (rows.data == nullptr) return nullptr;
   return static_cast<const T*>(rows.data) + (rows.index ? rows.index[row] : row) * rows.stride;
+}
+
+// Calls run(M{}, S{}) with the model's and the state's types.
+template <class Run>
+static void with_types(DType model, DType state, const Run& run) {
+  const bool wide = state == DType::kFloat32;
+  if (model == DType::kFloat32) return run(float{}, float{});
+  if (model == DType::kBFloat16) return wide ? run(BFloat16{}, float{}) : run(BFloat16{}, BFloat16{});
+  return wide ? run(Float16{}, float{}) : run(Float16{}, Float16{});
 }

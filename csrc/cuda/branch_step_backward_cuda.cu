@@ -87,6 +87,13 @@ struct BackwardVector {
     for (int i = 0; i < kWidth; i++) total.v[i] = add(total.v[i], value.v[i]);
   }
 
+  // All totals NaN: the children are not what they should be.
+  __device__ __forceinline__ void spoil() {
+    const V nan = load<kAligned, M, kWidth>(nullptr, at, count);
+    for (V& total : inputs) total = nan;
+    cond = uncond = nan;
+  }
+
   __device__ __forceinline__ void put(int64_t row) const {
 #pragma unroll
     for (int i = 0; i < kFromHistory + 3; i++) write<S>(inputs[i], target(i), row);
@@ -104,12 +111,19 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(const __grid_constan
   const int64_t row = blockIdx.x;
   for (int64_t at = first_element(kWidth); at < args.elements; at += next_element(kWidth)) {
     BackwardVector<M, S, kAligned> vector(args, at);
-    for (int32_t j = args.indptr[row]; j < args.indptr[row + 1]; j++) {
+    const Segment segment(args.indptr, row, args.rows_out);
+    bool bad = segment.cut;
+    for (int64_t j = segment.first; j < segment.last; j++) {
       const int32_t child = args.children[j];
+      if (child < 0 || child >= args.rows_out) {
+        bad = true;
+        continue;
+      }
       const Row k = table_row(args.table, args.table_rows, args.step[child]);
       vector.visit(child, k);
       update_backward(k, vector);
     }
+    if (bad) vector.spoil();
     vector.put(row);
   }
 }

@@ -167,6 +167,18 @@ __device__ __forceinline__ const T* row_of(const RowsIn& rows, int64_t r) {
   return static_cast<const T*>(rows.data) + row * rows.stride;
 }
 
+// Places indptr[row] ... indptr[row + 1] - 1 of a list, cut to the `count` there are.
+struct Segment {
+  int64_t first, last;
+  bool cut;
+
+  __device__ __forceinline__ Segment(const int32_t* indptr, int64_t row, int64_t count)
+      : first(indptr[row]), last(indptr[row + 1]), cut(first < 0 || last > count) {
+    if (first < 0) first = 0;
+    if (last > count) last = count;
+  }
+};
+
 // A row of the table; NaN throughout if the step is out of range.
 __device__ __forceinline__ Row table_row(const Row* table, int64_t rows, int32_t step) {
   union {

@@ -5,45 +5,31 @@ namespace sage {
 namespace device {
 namespace {
 
-__device__ __forceinline__ double as_double(double v) { return v; }
-template <class T>
-__device__ __forceinline__ double as_double(T v) {
-  return widen(v);
-}
-__device__ __forceinline__ void round_to(double v, double& out) { out = v; }
-template <class T>
-__device__ __forceinline__ void round_to(double v, T& out) {
-  narrow(__double2float_rn(v), out);
-}
+#include "../group_math.h"
 
-// Whether `a` is kept when `b` comes: the larger one, or a NaN.
-template <class T>
-__device__ __forceinline__ bool keeps(T a, T b) {
-  return a >= b || a != a;
-}
-__device__ __forceinline__ bool keeps(__nv_bfloat16 a, __nv_bfloat16 b) { return keeps(widen(a), widen(b)); }
-__device__ __forceinline__ bool keeps(__half a, __half b) { return keeps(widen(a), widen(b)); }
+__device__ __forceinline__ double nan64() { return __longlong_as_double(0x7FF8000000000000ll); }
 
 template <class T, int N>
 __device__ __forceinline__ void mean_of(const GroupMean& args, int64_t row, int64_t at) {
-  const int32_t first = args.indptr[row], last = args.indptr[row + 1];
+  const Segment group(args.indptr, row, args.member_count);
   double total[N];
 #pragma unroll
-  for (int i = 0; i < N; i++) total[i] = __longlong_as_double(0x7FF8000000000000ll);
-  for (int32_t k = first; k < last; k++) {
+  for (int i = 0; i < N; i++) total[i] = nan64();
+  for (int64_t k = group.first; k < group.last; k++) {
     const int64_t member = args.members[k];
-    const bool known = member >= 0 && member < args.in.rows;
-    const T* const in = static_cast<const T*>(args.in.data) + (known ? member : 0) * args.in.stride + at;
-    const Raw<T, N> value = load_whole<T, N>(in);
+    const bool there = member >= 0 && member < args.in.rows;
+    Raw<T, N> value;
+    if (there) value = load_whole<T, N>(static_cast<const T*>(args.in.data) + member * args.in.stride + at);
 #pragma unroll
     for (int i = 0; i < N; i++) {
-      const double v = known ? as_double(value.v[i]) : __longlong_as_double(0x7FF8000000000000ll);
-      total[i] = k == first ? v : __dadd_rn(total[i], v);
+      const double v = there ? as_double(value.v[i]) : nan64();
+      total[i] = k == group.first ? v : __dadd_rn(total[i], v);
     }
   }
+  const double count = group.cut ? nan64() : static_cast<double>(group.last - group.first);
   Raw<T, N> out;
 #pragma unroll
-  for (int i = 0; i < N; i++) round_to(__ddiv_rn(total[i], static_cast<double>(last - first)), out.v[i]);
+  for (int i = 0; i < N; i++) round_to(__ddiv_rn(total[i], count), out.v[i]);
   store_whole<T, N>(out, static_cast<T*>(args.out) + row * args.elements + at);
 }
 
@@ -51,10 +37,11 @@ template <class T>
 __device__ __forceinline__ void union_of(const GroupMean& args, int64_t row, int64_t at) {
   T best{};
   bool any = false;
-  for (int32_t k = args.indptr[row]; k < args.indptr[row + 1]; k++) {
+  const Segment group(args.indptr, row, args.member_count);
+  for (int64_t k = group.first; k < group.last; k++) {
     const int64_t member = args.members[k];
-    if (member < 0 || member >= args.mask.rows) continue;
-    const T value = static_cast<const T*>(args.mask.data)[member * args.mask.stride + at];
+    const bool there = member >= 0 && member < args.mask.rows;
+    const T value = there ? static_cast<const T*>(args.mask.data)[member * args.mask.stride + at] : T{};
     if (!any || !keeps(best, value)) best = value;
     any = true;
   }
