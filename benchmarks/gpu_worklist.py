@@ -29,7 +29,7 @@ from pathlib import Path
 import harness
 
 ROOT = Path(__file__).resolve().parent.parent
-OP_TESTS = ("branch_step", "noise", "group_mean", "gradients", "backends")
+OP_TESTS = ("branch_step*", "noise", "group_mean", "gradients", "backends")
 GRAPH_TESTS = "tests/test_graphs.py"
 SECTIONS = ("SpeedOfLight", "MemoryWorkloadAnalysis", "LaunchStats", "Occupancy", "SchedulerStats", "WarpStateStats")
 TAIL_LINES, TAIL_CHARACTERS = 40, 6000

@@ -33,6 +33,7 @@ def test_dry_run_lists_every_step_with_its_limit():
     assert all(int(limit) < 9 * 60 for limit in limits.values())
 
 
+@pytest.mark.deep
 def test_without_a_gpu_the_rest_runs_and_calls_add_up(tmp_path):
     steps = (("build", "exercise"), ("ops", "sampling"))
     for some in steps:
