@@ -81,11 +81,16 @@ def _no_gpu():
     return "torch finds no GPU here" if built else f"torch {torch.__version__} is built without CUDA or ROCm"
 
 
+def _cuda_is_attached():
+    """Whether the loaded library has brought CUDA kernels, whatever the record of its build says."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key("sage_kernels::branch_step", "CUDA")
+
+
 def _cuda_refusal():
     info = build_info()
     if "cuda" not in info["native"]:
         return _NATIVE_REFUSAL or f"built without CUDA kernels: {info['cuda_reason']}"
-    if not torch._C._dispatch_has_kernel_for_dispatch_key("sage_kernels::branch_step", "CUDA"):
+    if _NATIVE_REFUSAL is None and not _cuda_is_attached():
         return "the library that is installed has no CUDA kernels, though it was to have them"
     reason = _NATIVE_REFUSAL or _no_gpu()
     if reason is None and torch.version.hip:

@@ -78,6 +78,7 @@ BUILT = {"native": ["cpu", "cuda"], "cuda_archs": ["80", "90"], "cuda_reason": N
 @pytest.mark.parametrize(
     ("capability", "info", "hip", "reason"),
     [
+        ((9, 0), BUILT | {"attached": False}, None, "the library that is installed has no CUDA kernels, though it was to have them"),
         ((9, 0), BUILT, None, None),
         ((12, 0), BUILT, None, None),
         ((7, 5), BUILT, None, r"built for sm_80 and newer, and Some GPU \(cuda:0\) is sm_75"),
@@ -89,6 +90,7 @@ BUILT = {"native": ["cpu", "cuda"], "cuda_archs": ["80", "90"], "cuda_reason": N
 def test_why_the_cuda_kernels_cannot_run(monkeypatch, capability, info, hip, reason):
     monkeypatch.setattr(backends, "_NATIVE_REFUSAL", None)
     monkeypatch.setattr(backends, "build_info", lambda: info)
+    monkeypatch.setattr(backends, "_cuda_is_attached", lambda: info.get("attached", True))
     monkeypatch.setattr(torch, "cuda", Card(capability))
     monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: object())
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
