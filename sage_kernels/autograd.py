@@ -28,23 +28,26 @@ registry.LIBRARY.define(
 )
 
 
-def _none_as_empty(like, *values):
+def _given(like, *values):
+    """An op's results cannot be None: what was not asked for is an empty tensor."""
     return tuple(like.new_empty(0) if value is None else value for value in values)
 
 
-def _branch_step(*args):
-    inputs, (*wanted, backend) = args[:INPUTS], args[INPUTS:]
-    sample, model_output = inputs[SAMPLE], inputs[MODEL_OUTPUT]
-    outputs = branch_step_outputs(sample, model_output, inputs[PARENT].shape[0], *wanted)
-    registry.choose("branch_step", backend, sample.device)[1](*inputs, *outputs)
-    return _none_as_empty(sample, *outputs[:3]) + _none_as_empty(model_output, outputs[3])
+def _allocate(args):
+    """x', m0, xc [R_out, *shape] and model input [copies * R_out, *shape] of the functional form; None if not asked for."""
+    inputs, wanted = args[:INPUTS], args[INPUTS:-1]
+    return branch_step_outputs(inputs[SAMPLE], inputs[MODEL_OUTPUT], inputs[PARENT].shape[0], *wanted)
 
 
 def _fake_branch_step(*args):
-    inputs, (*wanted, _) = args[:INPUTS], args[INPUTS:]
-    sample, model_output = inputs[SAMPLE], inputs[MODEL_OUTPUT]
-    outputs = branch_step_outputs(sample, model_output, inputs[PARENT].shape[0], *wanted)
-    return _none_as_empty(sample, *outputs[:3]) + _none_as_empty(model_output, outputs[3])
+    outputs = _allocate(args)
+    return _given(args[SAMPLE], *outputs[:3]) + _given(args[MODEL_OUTPUT], outputs[3])
+
+
+def _branch_step(*args):
+    outputs = _allocate(args)
+    registry.choose("branch_step", args[-1], args[SAMPLE].device)[1](*args[:INPUTS], *outputs)
+    return _given(args[SAMPLE], *outputs[:3]) + _given(args[MODEL_OUTPUT], outputs[3])
 
 
 def _save(ctx, inputs, output):
@@ -92,18 +95,21 @@ def _branch_step_backward(ctx, *grads):
     return tuple(result)
 
 
-def _group_mean(rows, indptr, members, mask, backend):
+def _allocate_groups(rows, indptr, mask):
+    """Means [R, *shape] and union [R, *mask_shape], or None without a mask."""
     groups = indptr.shape[0] - 1
     out = allocation.empty((groups, *rows.shape[1:]), rows)
-    union = None if mask is None else allocation.empty((groups, *mask.shape[1:]), mask)
-    registry.choose("group_mean", backend, rows.device)[1](rows, indptr, members, mask, out, union)
-    return (out, *_none_as_empty(rows, union))
+    return out, None if mask is None else allocation.empty((groups, *mask.shape[1:]), mask)
 
 
 def _fake_group_mean(rows, indptr, members, mask, backend):
-    groups = indptr.shape[0] - 1
-    union = rows.new_empty(0) if mask is None else mask.new_empty((groups, *mask.shape[1:]))
-    return rows.new_empty((groups, *rows.shape[1:])), union
+    return _given(rows, *_allocate_groups(rows, indptr, mask))
+
+
+def _group_mean(rows, indptr, members, mask, backend):
+    outputs = _allocate_groups(rows, indptr, mask)
+    registry.choose("group_mean", backend, rows.device)[1](rows, indptr, members, mask, *outputs)
+    return _given(rows, *outputs)
 
 
 def _save_groups(ctx, inputs, output):
