@@ -108,7 +108,7 @@ def _shipped() -> dict[str, str]:
 
 
 def schedulers_text() -> str:
-    """The answer of `sage info --schedulers`."""
+    """The answer of `sage info --schedulers`: names for --solver, then every scheduler class of the installed diffusers."""
     from sage.solvers import SOLVERS, coverage
 
     lines = ["Solvers for --solver"]
@@ -116,11 +116,14 @@ def schedulers_text() -> str:
         extra = f" ({', '.join(f'{key}={value}' for key, value in options.items())})" if options else ""
         lines.append(f"  {name:<12} {cls}{extra}")
     covered = coverage()
-    inside = [name for name, answer in covered.items() if answer == "table"]
-    lines += ["", f"diffusers classes in the coefficient table ({len(inside)})", *(f"  {name}" for name in inside)]
-    lines += ["", f"diffusers classes that keep their own step ({len(covered) - len(inside)}); sharing works with them too"]
-    lines += _table({name: answer for name, answer in covered.items() if answer != "table"})
-    return "\n".join(lines)
+    inside = {name: how for name, how in covered.items() if how.table}
+    lines += ["", f"diffusers classes whose step is one fused update ({len(inside)})"]
+    lines += _table({name: f"solver {', '.join(how.solvers)}" if how.solvers else "" for name, how in inside.items()})
+    lines += ["", "Options and arguments of `step` with which they run their own `step` all the same"]
+    lines += _table({name: "; ".join(how.leaves) for name, how in inside.items() if how.leaves})
+    outside = {name: how.reason for name, how in covered.items() if not how.table}
+    lines += ["", f"diffusers classes that run their own `step`, where they have one, with sharing too ({len(outside)})", *_table(outside)]
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def _table(rows: dict) -> list[str]:

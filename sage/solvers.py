@@ -1,25 +1,22 @@
 """Read a configured diffusers scheduler into a coefficient table, or say why it has none.
 
-This is the one place that knows diffusers' schedulers. `table_for` reads what `set_timesteps` left on the scheduler
-(sigmas, timesteps, alphas_cumprod, config) and calls the solver's function in `sage_kernels.coefficients`. A class, an
-option or an argument of `step` that a table row does not express exactly raises `NotInTable`, which names it; the caller
-then uses the scheduler's own `step`.
+This module and `sage.solver_readers` are the one place that knows diffusers' schedulers. `table_for` reads what
+`set_timesteps` left on the scheduler (sigmas, timesteps, alphas_cumprod, config) and calls the solver's function in
+`sage_kernels.coefficients`. A class, an option or an argument of `step` that a table row does not express exactly raises
+`NotInTable`, which names it; the caller then uses the scheduler's own `step`.
 """
 
 from __future__ import annotations
 
+import inspect
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from sage_kernels import coefficients
+from sage.solver_readers import READERS, NotInTable, array
 from sage_kernels.coefficients import CoefficientTable
-
-
-class NotInTable(NotImplementedError):
-    """This scheduler, option or argument does not go through the coefficient table; the message says which."""
-
 
 # Command-line name -> (diffusers class, config overrides).
 SOLVERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -31,21 +28,36 @@ SOLVERS: dict[str, tuple[str, dict[str, Any]]] = {
     "dpm++2m": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++", "solver_order": 2}),
     "dpm++3m": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++", "solver_order": 3}),
     "dpm++2m-sde": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++", "solver_order": 2}),
+    "dpm++2s": (
+        "DPMSolverSinglestepScheduler",
+        {"algorithm_type": "dpmsolver++", "solver_order": 2, "lower_order_final": True},
+    ),
+    "dpm++3s": (
+        "DPMSolverSinglestepScheduler",
+        {"algorithm_type": "dpmsolver++", "solver_order": 3, "lower_order_final": True},
+    ),
     "unipc": ("UniPCMultistepScheduler", {}),
+    "deis": ("DEISMultistepScheduler", {}),
+    "lms": ("LMSDiscreteScheduler", {}),
     "heun": ("HeunDiscreteScheduler", {}),
+    "kdpm2": ("KDPM2DiscreteScheduler", {}),
+    "kdpm2-a": ("KDPM2AncestralDiscreteScheduler", {}),
     "lcm": ("LCMScheduler", {}),
+    "tcd": ("TCDScheduler", {}),
     "flow-euler": ("FlowMatchEulerDiscreteScheduler", {"stochastic_sampling": False}),
+    "flow-heun": ("FlowMatchHeunDiscreteScheduler", {}),
+    "flow-lcm": ("FlowMatchLCMScheduler", {}),
 }
 
 
-def table_for(scheduler, *, begin: int = 0, eta: float = 0.0, **step_arguments) -> CoefficientTable:
+def table_for(scheduler, *, begin: int = 0, eta: float | None = None, **step_arguments) -> CoefficientTable:
     """The coefficient table of `scheduler` as configured, from step `begin` on.
 
     Args:
         scheduler: a diffusers scheduler after `set_timesteps`. A subclass counts as its diffusers class as long as it
             overrides nothing that the table replaces, or is marked with `_sage_wrapper = True` in its own body.
         begin: index into `scheduler.timesteps` of the first step that runs (img2img); multistep solvers warm up there.
-        eta: of DDIM's `step`.
+        eta: of the `step` of DDIM and TCD (there: gamma); None is the class's default, 0 and 0.3.
         step_arguments: further keyword arguments that `scheduler.step` would be given.
 
     Raises:
@@ -53,17 +65,18 @@ def table_for(scheduler, *, begin: int = 0, eta: float = 0.0, **step_arguments) 
         ValueError: `set_timesteps` was not called, or `begin` is not one of its steps.
     """
     name = table_class(scheduler)
+    eta = _eta(name, eta)
     check_step_arguments(**step_arguments)
-    if eta != 0 and name not in _TAKES_ETA:
-        raise NotInTable(f"{name}: eta = {eta:g}; only {' and '.join(_TAKES_ETA)} take it")
-    if getattr(scheduler, "num_inference_steps", None) is None and not getattr(scheduler, "custom_timesteps", False):
+    if eta != 0 and name not in _DEFAULT_ETA:
+        raise NotInTable(f"{name}: eta = {eta:g}; only {', '.join(_DEFAULT_ETA)} take it")
+    if not has_schedule(scheduler):
         raise ValueError(f"{name}: call set_timesteps before making its table")
-    if not 0 <= begin < len(scheduler.timesteps):
-        raise ValueError(f"{name}: begin must be one of the {len(scheduler.timesteps)} steps, got {begin}")
+    if not 0 <= begin < _calls(name, scheduler):
+        raise ValueError(f"{name}: begin must be one of the {_calls(name, scheduler)} steps, got {begin}")
     if getattr(scheduler.config, "thresholding", False):
         raise NotInTable(f"{name}: thresholding (dynamic thresholding) takes a quantile of every sample")
     try:
-        return _READERS[name](scheduler, begin, eta)
+        return READERS[name](scheduler, begin, eta)
     except NotInTable:
         raise
     except NotImplementedError as error:
@@ -73,7 +86,7 @@ def table_for(scheduler, *, begin: int = 0, eta: float = 0.0, **step_arguments) 
 def check_step_arguments(**arguments) -> None:
     """Raise NotInTable for a keyword argument of diffusers' `step` that changes the update and is not in the table."""
     for name, value in arguments.items():
-        if name in _NEUTRAL_ARGUMENTS or value is None or value is False or (name == "s_churn" and value == 0):
+        if name in _NEUTRAL_ARGUMENTS or value is None or value is False or (name, value) in _NEUTRAL_VALUES:
             continue
         reason = _REFUSED_ARGUMENTS.get(name, "not known to the coefficient table")
         raise NotInTable(f"step argument {name}: {reason}")
@@ -86,218 +99,195 @@ def solver_name(scheduler) -> str:
     except NotInTable:
         return type(scheduler).__name__
     config = scheduler.config
-    if name == "DPMSolverMultistepScheduler":
-        sde = "-sde" if config.algorithm_type.startswith("sde-") else ""
+    if name in _DPM_NAMES:
+        family, ending = _DPM_NAMES[name]
         if not config.algorithm_type.endswith("++"):
             return config.algorithm_type
-        return ("dpm++1" if config.solver_order == 1 else f"dpm++{config.solver_order}m") + sde
+        order = "1" if config.solver_order == 1 and ending == "m" else f"{config.solver_order}{ending}"
+        return family + order + ("-sde" if config.algorithm_type.startswith("sde-") else "")
     if name == "FlowMatchEulerDiscreteScheduler":
         return "flow-euler-sde" if config.stochastic_sampling else "flow-euler"
     return _NAMES[name]
 
 
-def noise_draws(scheduler, *, begin: int = 0, eta: float = 0.0) -> np.ndarray:
+def noise_draws(scheduler, *, begin: int = 0, eta: float | None = None) -> np.ndarray:
     """bool [S]: the calls in which diffusers' own `step` draws noise, whether or not a coefficient uses it."""
     name = table_class(scheduler)
-    draws = np.zeros(len(scheduler.timesteps), dtype=bool)
-    if name in _TAKES_ETA:
-        draws[begin:] = eta > 0
-    elif name in ("DDPMScheduler", "DDPMParallelScheduler"):
-        draws[begin:] = _array(scheduler.timesteps)[begin:] > 0
-    elif name == "EulerAncestralDiscreteScheduler":
-        draws[begin:] = True
-    elif name == "DPMSolverMultistepScheduler":
-        draws[begin:] = scheduler.config.algorithm_type.startswith("sde-")
-    elif name == "LCMScheduler":
-        draws[begin:] = np.arange(len(draws))[begin:] != scheduler.num_inference_steps - 1
-    elif name == "FlowMatchEulerDiscreteScheduler":
-        draws[begin:] = bool(scheduler.config.stochastic_sampling)
+    calls = np.arange(_calls(name, scheduler))
+    draws = np.zeros(len(calls), dtype=bool)
+    draws[begin:] = _DRAWS.get(name, lambda scheduler, calls, eta: False)(scheduler, calls[begin:], _eta(name, eta))
+    if name == "KDPM2AncestralDiscreteScheduler":
+        draws[begin::2] = False  # first stages
     return draws
 
 
 def noise_dtype(scheduler, sample_dtype: torch.dtype, model_dtype: torch.dtype) -> torch.dtype:
     """The dtype in which diffusers' own `step` draws its noise (another dtype is another draw)."""
     name = table_class(scheduler)
-    if name in ("DPMSolverMultistepScheduler", "FlowMatchEulerDiscreteScheduler"):
+    if name in _DRAWS_FLOAT32:
         return torch.float32
-    if name == "LCMScheduler":
+    if name in _DRAWS_DENOISED_DTYPE and scheduler.config.prediction_type != "sample":
         return torch.promote_types(sample_dtype, model_dtype)
     return model_dtype
 
 
-def coverage() -> dict[str, str]:
-    """Every scheduler class of the installed diffusers: "table", or why it keeps its own `step`."""
+@dataclass(frozen=True)
+class Coverage:
+    """How one scheduler class of diffusers runs.
+
+    Args:
+        table: whether its steps go through the coefficient table; otherwise its own `step` runs, with sharing too.
+        reason: why not; empty if they do.
+        solvers: its names for the command line.
+        leaves: options and arguments of `step` with which its own `step` runs all the same.
+    """
+
+    table: bool
+    reason: str
+    solvers: tuple[str, ...]
+    leaves: tuple[str, ...]
+
+
+def coverage() -> dict[str, Coverage]:
+    """How every scheduler class of the installed diffusers runs, by class name."""
     from diffusers import schedulers
 
-    names = sorted(n for n in dir(schedulers) if n.endswith("Scheduler"))
-    return {n: "table" if n in _READERS else _OUTSIDE.get(n, "no solver function for this class") for n in names}
+    found = {}
+    for name in sorted(n for n in dir(schedulers) if n.endswith("Scheduler")):
+        reason = "" if name in READERS else _reason(name)
+        solvers = tuple(solver for solver, (cls, _) in SOLVERS.items() if cls == name)
+        found[name] = Coverage(not reason, reason, solvers, () if reason else _leaves(getattr(schedulers, name)))
+    return found
+
+
+def has_schedule(scheduler) -> bool:
+    """Whether `set_timesteps` was called; NotInTable where the class has no table."""
+    if table_class(scheduler) in _COUNTS_NO_STEPS or getattr(scheduler, "custom_timesteps", False):
+        return True
+    return getattr(scheduler, "num_inference_steps", None) is not None
+
+
+def stock_class(cls: type) -> type | None:
+    """The first class of diffusers among `cls` and what it inherits from."""
+    return next((base for base in cls.__mro__ if base.__module__.startswith("diffusers.")), None)
 
 
 def table_class(scheduler) -> str:
     """Name of the diffusers class whose table stands for `scheduler`; NotInTable if there is none."""
     for cls in type(scheduler).__mro__:
         if cls.__module__.startswith("diffusers."):
-            if cls.__name__ in _READERS:
+            if cls.__name__ in READERS:
                 return cls.__name__
-            raise NotInTable(f"{cls.__name__}: {_OUTSIDE.get(cls.__name__, 'no solver function for this class')}")
+            raise NotInTable(f"{cls.__name__}: {_reason(cls.__name__)}")
         overridden = [n for n, v in vars(cls).items() if callable(v) and not n.startswith("__") and n not in _HARMLESS]
         if overridden and not vars(cls).get("_sage_wrapper", False):
             raise NotInTable(f"{cls.__name__}: overrides {', '.join(sorted(overridden))} of its diffusers class")
     raise NotInTable(f"{type(scheduler).__name__}: not a diffusers scheduler")
 
 
-def _array(values) -> np.ndarray:
-    return values.detach().to("cpu", torch.float64).numpy() if torch.is_tensor(values) else np.asarray(values, float)
+def _eta(name: str, eta: float | None) -> float:
+    return _DEFAULT_ETA.get(name, 0.0) if eta is None else eta
 
 
-def _clip(config) -> float | None:
-    return float(config.clip_sample_range) if config.clip_sample else None
+def _calls(name: str, scheduler) -> int:
+    """How many denoiser calls the schedule has; the last timestep of sCM is only where sampling ends."""
+    return len(scheduler.timesteps) - (name == "SCMScheduler")
 
 
-def _ddim(scheduler, begin: int, eta: float) -> CoefficientTable:
-    timesteps = _array(scheduler.timesteps)
-    if not 0 <= eta <= 1:
-        raise NotInTable(f"DDIMScheduler: eta = {eta:g} is outside [0, 1]")
-    return coefficients.ddim(
-        _array(scheduler.alphas_cumprod),
-        float(scheduler.final_alpha_cumprod),
-        timesteps,
-        timesteps - scheduler.config.num_train_timesteps // scheduler.num_inference_steps,
-        scheduler.config.prediction_type,
-        eta=eta,
-        clip=_clip(scheduler.config),
-        start=begin,
-    )
+def _reason(name: str) -> str:
+    return _OUTSIDE.get(name, "no solver function for this class")
 
 
-def _ddpm(scheduler, begin: int, eta: float) -> CoefficientTable:
-    variance_type = scheduler.variance_type
-    if variance_type != scheduler.config.variance_type:
-        raise NotInTable(f"DDPMScheduler: variance_type {variance_type} differs from its config's")
-    timesteps = _array(scheduler.timesteps)
-    return coefficients.ddpm(
-        _array(scheduler.alphas_cumprod),
-        timesteps,
-        np.append(timesteps[1:], -1),
-        scheduler.config.prediction_type,
-        variance_type=variance_type,
-        clip=_clip(scheduler.config),
-        start=begin,
-    )
+def _leaves(cls: type) -> tuple[str, ...]:
+    """What makes a class of the table run its own `step`: its config's options, then arguments of its `step`."""
+    options = ["thresholding"] if "thresholding" in inspect.signature(cls.__init__).parameters else []
+    options += _LEAVES.get(cls.__name__, ())
+    arguments = _REFUSED_ARGUMENTS.keys() - {"variance_noise"}  # SageScheduler passes that on
+    return tuple(options) + tuple(name for name in inspect.signature(cls.step).parameters if name in arguments)
 
 
-def _lcm(scheduler, begin: int, eta: float) -> CoefficientTable:
-    return coefficients.lcm(
-        _array(scheduler.alphas_cumprod),
-        _array(scheduler.timesteps),
-        scheduler.config.prediction_type,
-        num_inference_steps=scheduler.num_inference_steps,
-        timestep_scaling=scheduler.config.timestep_scaling,
-        clip=_clip(scheduler.config),
-        start=begin,
-    )
-
-
-def _euler(scheduler, begin: int, eta: float) -> CoefficientTable:
-    prediction_type = scheduler.config.prediction_type
-    prediction_type = "sample" if prediction_type == "original_sample" else prediction_type
-    return coefficients.euler(_array(scheduler.sigmas), _array(scheduler.timesteps), prediction_type, start=begin)
-
-
-def _euler_ancestral(scheduler, begin: int, eta: float) -> CoefficientTable:
-    prediction_type = scheduler.config.prediction_type
-    if prediction_type == "sample":
-        raise NotInTable("EulerAncestralDiscreteScheduler: prediction_type sample, which its own step refuses")
-    return coefficients.euler_ancestral(
-        _array(scheduler.sigmas), _array(scheduler.timesteps), prediction_type, start=begin
-    )
-
-
-def _heun(scheduler, begin: int, eta: float) -> CoefficientTable:
-    return coefficients.heun(
-        _array(scheduler.sigmas),
-        _array(scheduler.timesteps),
-        scheduler.config.prediction_type,
-        clip=_clip(scheduler.config),
-        start=begin,
-    )
-
-
-def _flow_euler(scheduler, begin: int, eta: float) -> CoefficientTable:
-    return coefficients.flow_euler(
-        _array(scheduler.sigmas),
-        _array(scheduler.timesteps),
-        stochastic=scheduler.config.stochastic_sampling,
-        start=begin,
-    )
-
-
-def _dpmpp(scheduler, begin: int, eta: float) -> CoefficientTable:
-    config = scheduler.config
-    if config.algorithm_type not in ("dpmsolver++", "sde-dpmsolver++"):
-        raise NotInTable(f"DPMSolverMultistepScheduler: algorithm_type {config.algorithm_type} integrates the noise")
-    if config.variance_type is not None:
-        raise NotInTable(f"DPMSolverMultistepScheduler: variance_type {config.variance_type}: the model output is wider")
-    return coefficients.dpmpp(
-        _array(scheduler.sigmas),
-        _array(scheduler.timesteps),
-        config.prediction_type,
-        order=config.solver_order,
-        sde=config.algorithm_type == "sde-dpmsolver++",
-        solver_type=config.solver_type,
-        flow=config.use_flow_sigmas,
-        lower_order_final=config.lower_order_final,
-        euler_at_final=config.euler_at_final,
-        final_sigmas_zero=config.final_sigmas_type == "zero",
-        start=begin,
-    )
-
-
-def _unipc(scheduler, begin: int, eta: float) -> CoefficientTable:
-    config = scheduler.config
-    if not scheduler.predict_x0:
-        raise NotInTable("UniPCMultistepScheduler: predict_x0=False integrates the noise")
-    if scheduler.solver_p is not None:
-        raise NotInTable("UniPCMultistepScheduler: solver_p replaces the predictor by another scheduler")
-    return coefficients.unipc(
-        _array(scheduler.sigmas),
-        _array(scheduler.timesteps),
-        config.prediction_type,
-        order=config.solver_order,
-        bh=config.solver_type,
-        flow=config.use_flow_sigmas,
-        lower_order_final=config.lower_order_final,
-        disable_corrector=tuple(scheduler.disable_corrector),
-        start=begin,
-    )
-
-
-_READERS = {
-    "DDIMScheduler": _ddim,
-    "DDIMParallelScheduler": _ddim,  # its `step` is DDIM's; `batch_step_no_noise` is not replaced
-    "DDPMScheduler": _ddpm,
-    "DDPMParallelScheduler": _ddpm,
-    "EulerDiscreteScheduler": _euler,
-    "EulerAncestralDiscreteScheduler": _euler_ancestral,
-    "DPMSolverMultistepScheduler": _dpmpp,
-    "UniPCMultistepScheduler": _unipc,
-    "HeunDiscreteScheduler": _heun,
-    "LCMScheduler": _lcm,
-    "FlowMatchEulerDiscreteScheduler": _flow_euler,
+_DEFAULT_ETA = {"DDIMScheduler": 0.0, "DDIMParallelScheduler": 0.0, "TCDScheduler": 0.3}
+_COUNTS_NO_STEPS = ("EDMEulerScheduler",)  # its set_timesteps(sigmas=...) leaves num_inference_steps at None
+_DPM_NAMES = {
+    "DPMSolverMultistepScheduler": ("dpm++", "m"),
+    "DPMSolverSinglestepScheduler": ("dpm++", "s"),
+    "EDMDPMSolverMultistepScheduler": ("edm-dpm++", "m"),
 }
-_TAKES_ETA = ("DDIMScheduler", "DDIMParallelScheduler")
-_NAMES = {cls: name for name, (cls, overrides) in SOLVERS.items() if not overrides}
-_NAMES |= {"DDIMParallelScheduler": "ddim", "DDPMParallelScheduler": "ddpm"}
+_NAMES = {cls: name for name, (cls, overrides) in SOLVERS.items() if not overrides} | {
+    "CogVideoXDDIMScheduler": "ddim",
+    "DDIMParallelScheduler": "ddim",
+    "DDPMParallelScheduler": "ddpm",
+    "EDMEulerScheduler": "edm-euler",
+    "LTXEulerAncestralRFScheduler": "flow-euler-a",
+    "SCMScheduler": "scm",
+}
+
+# Whether diffusers' own step draws noise, from (scheduler, calls, eta); classes that are not here never do.
+_DRAWS = {
+    "DDIMScheduler": lambda scheduler, calls, eta: eta > 0,
+    "DDIMParallelScheduler": lambda scheduler, calls, eta: eta > 0,
+    "DDPMScheduler": lambda scheduler, calls, eta: array(scheduler.timesteps)[calls] > 0,
+    "DDPMParallelScheduler": lambda scheduler, calls, eta: array(scheduler.timesteps)[calls] > 0,
+    "DPMSolverMultistepScheduler": lambda scheduler, calls, eta: scheduler.config.algorithm_type.startswith("sde-"),
+    "DPMSolverSinglestepScheduler": lambda scheduler, calls, eta: scheduler.config.algorithm_type.startswith("sde-"),
+    "EDMDPMSolverMultistepScheduler": lambda scheduler, calls, eta: scheduler.config.algorithm_type.startswith("sde-"),
+    "EulerAncestralDiscreteScheduler": lambda scheduler, calls, eta: True,
+    "FlowMatchEulerDiscreteScheduler": lambda scheduler, calls, eta: bool(scheduler.config.stochastic_sampling),
+    "FlowMatchLCMScheduler": lambda scheduler, calls, eta: True,
+    "KDPM2AncestralDiscreteScheduler": lambda scheduler, calls, eta: True,
+    "LCMScheduler": lambda scheduler, calls, eta: calls != scheduler.num_inference_steps - 1,
+    "LTXEulerAncestralRFScheduler": lambda scheduler, calls, eta: (
+        (np.abs(np.append(array(scheduler.sigmas), 0.0)[calls + 1]) >= 1e-8)
+        & (scheduler.config.eta > 0)
+        & (scheduler.config.s_noise > 0)
+    ),
+    "SCMScheduler": lambda scheduler, calls, eta: True,
+    "TCDScheduler": lambda scheduler, calls, eta: (eta > 0) & (calls != scheduler.num_inference_steps - 1),
+}
+_DRAWS_FLOAT32 = (
+    "DPMSolverMultistepScheduler",
+    "FlowMatchEulerDiscreteScheduler",
+    "FlowMatchLCMScheduler",
+    "LTXEulerAncestralRFScheduler",
+    "SCMScheduler",
+)
+_DRAWS_DENOISED_DTYPE = (
+    "DPMSolverSinglestepScheduler",
+    "EDMDPMSolverMultistepScheduler",
+    "LCMScheduler",
+    "TCDScheduler",
+)
 
 # Methods a subclass may override: the table reads their result, or they are not part of the update.
 _HARMLESS = {"set_timesteps", "set_begin_index", "add_noise", "scale_noise", "get_velocity"}
 
 _NEUTRAL_ARGUMENTS = {"generator", "return_dict", "s_tmin", "s_tmax", "s_noise"}  # the s_ ones act through s_churn only
+_NEUTRAL_VALUES = (("s_churn", 0), ("order", 4))
 _REFUSED_ARGUMENTS = {
     "s_churn": "raises the noise level before the model is called",
     "per_token_timesteps": "gives every token its own noise level",
     "use_clipped_model_output": "predicts the noise again from the clipped sample",
     "variance_noise": "the caller's own noise; the table's noise is drawn or passed elsewhere",
+    "pred_original_sample": "the caller's own denoised sample",
+    "order": "the table has the default order, 4",
+}
+_ZERO_SNR = "prediction_type epsilon at zero terminal SNR"
+_LEAVES = dict.fromkeys(
+    ["EulerAncestralDiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "KDPM2DiscreteScheduler"],
+    ("prediction_type sample",),
+) | {
+    "CogVideoXDDIMScheduler": (_ZERO_SNR, "eta other than 0"),
+    "DDIMScheduler": (_ZERO_SNR, "eta outside [0, 1]"),
+    "DDIMParallelScheduler": (_ZERO_SNR, "eta outside [0, 1]"),
+    "DDPMScheduler": (_ZERO_SNR, "variance_type fixed_large_log, learned, learned_range"),
+    "DDPMParallelScheduler": (_ZERO_SNR, "variance_type fixed_large_log, learned, learned_range"),
+    "DPMSolverMultistepScheduler": ("algorithm_type dpmsolver, sde-dpmsolver", "variance_type learned, learned_range"),
+    "DPMSolverSinglestepScheduler": ("algorithm_type dpmsolver", "variance_type learned, learned_range"),
+    "FlowMatchLCMScheduler": ("scale_factors",),
+    "LCMScheduler": (_ZERO_SNR,),
+    "SCMScheduler": ("prediction_type other than trigflow",),
+    "TCDScheduler": (_ZERO_SNR, "eta outside [0, 1]"),
+    "UniPCMultistepScheduler": ("predict_x0=False", "solver_p", "solver_order above 3"),
 }
 
 _OUTSIDE = (
@@ -308,8 +298,26 @@ _OUTSIDE = (
     )
     | dict.fromkeys(["CosineDPMSolverMultistepScheduler", "DPMSolverSDEScheduler"], "Brownian-tree noise")
     | dict.fromkeys(
-        ["DEISMultistepScheduler", "KDPM2AncestralDiscreteScheduler", "KDPM2DiscreteScheduler", "LMSDiscreteScheduler"]
-        + ["PNDMScheduler", "TCDScheduler"],
-        "linear, but no solver function for this class yet",
+        ["DDIMInverseScheduler", "DPMSolverMultistepInverseScheduler"],
+        "linear, but it goes from picture to noise, where there is nothing to share",
     )
+    | dict.fromkeys(
+        ["CMStochasticIterativeScheduler", "ConsistencyDecoderScheduler", "IPNDMScheduler"],
+        "linear, but no pipeline with prompts steps with it",
+    )
+    | dict.fromkeys(["HeliosDMDScheduler", "HeliosScheduler"], "its schedule is set again in the middle of a call")
+    | dict.fromkeys(["ScoreSdeVeScheduler", "ScoreSdeVpScheduler"], "it has no `step`: predictor and corrector are called apart")
+    | {
+        "CogVideoXDPMScheduler": "it draws noise twice per step, and its caller passes the earlier prediction and timestep",
+        "DDPMWuerstchenScheduler": "linear, but it takes the noise level from a timestep per row",
+        "KarrasVeScheduler": "its corrector is called apart from its `step`",
+        "FlowMapEulerDiscreteScheduler": "every call goes to a timestep that its caller chooses",
+        "MiniMaxH3Scheduler": "it takes the noise level from the timestep as rounded to the sample's dtype",
+        "PNDMScheduler": "it drops one of its first two outputs, so the fifth call reads that of four calls ago; a row reads three",
+        "PiflowScheduler": "one call holds a policy of many steps",
+        "RFD4ProteinaScheduler": "a mask of the caller's multiplies every step's result",
+        "RePaintScheduler": "it blends the caller's picture and mask into every step",
+        "SASolverScheduler": "its corrector reads the noise of the step before, which no row holds",
+        "UnCLIPScheduler": "its caller passes the timestep that a step goes to, and the variance may be learned",
+    }
 )

@@ -7,7 +7,8 @@ from math import exp, factorial, log, sqrt
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from coefficient_checks import EVERY, MODEL_OUTPUTS, PREDICTIONS, check_row, numbered, same_rows, schedules
+from hypothesis import given
 from hypothesis import strategies as st
 
 from sage_kernels.coefficients import (
@@ -24,17 +25,6 @@ from sage_kernels.coefficients import (
 )
 from sage_kernels.coefficients.convert import alpha_sigma, half_log_snr, phi
 from sage_kernels.coefficients.table import build, row
-
-EVERY = settings(max_examples=60, deadline=None, derandomize=True, database=None)
-PREDICTIONS = ("epsilon", "v_prediction", "sample")
-
-
-def check_row(table, i, **expected):
-    """Row i has these coefficients; every other column has its neutral value."""
-    neutral = {"u0": 1.0, "s": 1.0, "clip": np.inf}
-    for name, value in zip(COLUMNS, table.rows[i]):
-        assert value == pytest.approx(expected.get(name, neutral.get(name, 0.0)), abs=1e-14, rel=1e-14), name
-
 
 # Hand-computed rows.  alphas_cumprod 0.64 -> (alpha, sigma) = (0.8, 0.6); 0.36 -> (0.6, 0.8).
 ALPHAS_CUMPROD = np.array([0.64, 0.36])
@@ -184,25 +174,6 @@ def test_unipc_rows():
     assert unipc(np.geomspace(9, 1, 9), np.arange(8), "sample", order=3).history == 3
 
 
-# Schedules: strictly decreasing, h between 0.05 and 2, lambda below 4 or ending at sigma = 0. (Beyond that 1 - alphas_cumprod
-# itself has lost digits, and the comparison would measure that.)
-@st.composite
-def schedules(draw, flow=False, min_steps=2):
-    h = draw(st.lists(st.floats(0.05, 2.0), min_size=min_steps, max_size=17))
-    lambdas = draw(st.floats(-4, -1)) + np.cumsum(h)
-    lambdas = lambdas[: max(min_steps, np.searchsorted(lambdas, 4.0))]
-    sigmas = 1 / (1 + np.exp(lambdas)) if flow else np.exp(-lambdas)
-    return np.append(sigmas, 0.0) if draw(st.booleans()) else sigmas
-
-
-def numbered(sigmas):
-    return np.arange(len(sigmas) - 1)[::-1]
-
-
-def same_rows(first, second):
-    np.testing.assert_allclose(first.rows, second.rows, rtol=1e-10, atol=1e-12)
-
-
 @EVERY
 @given(schedules(), st.sampled_from(PREDICTIONS))
 def test_first_order_solvers_agree(sigmas, prediction_type):
@@ -241,10 +212,6 @@ def test_unip2_with_bh2_is_dpmpp_2m(sigmas, prediction_type):
     options = dict(order=2, lower_order_final=False)
     predictor = unipc(sigmas, steps, prediction_type, disable_corrector=range(len(steps)), **options)
     same_rows(predictor, dpmpp(sigmas, steps, prediction_type, final_sigmas_zero=False, **options))
-
-
-# A model that always knows x0: whatever the solver, x stays on alpha*x0 + sigma*noise and keeps its noise level.
-MODEL_OUTPUTS = {"epsilon": (0, 1), "sample": (1, 0), "flow_prediction": (-1, 1)}  # weights of (x0, noise)
 
 
 def check_exact(table, alphas, sigmas, prediction_type):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from math import factorial
 
 import numpy as np
+from numpy.polynomial.polynomial import polyfromroots
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample", "flow_prediction")
 
@@ -61,9 +62,18 @@ def derivative_weights(prediction_type: str, sigma: float) -> tuple[float, float
     return 1 / sigma, -1 / sigma
 
 
-def model_input_scale(sigma):
-    """1/sqrt(sigma^2 + 1): what the Euler family multiplies a sample with before the model sees it."""
-    return 1 / np.sqrt(np.square(sigma) + 1)
+def denoised_weights_edm(prediction_type: str, sigma: float, sigma_data: float) -> tuple[float, float]:
+    """(c_skip, c_out) of EDM, x0 = c_skip*x + c_out*y (arXiv:2206.00364, Table 1); v_prediction has the opposite sign of y."""
+    variance = sigma**2 + sigma_data**2
+    signs = {"epsilon": 1.0, "v_prediction": -1.0}
+    if prediction_type not in signs:
+        raise NotImplementedError(f"prediction_type {prediction_type!r}; there are {', '.join(signs)}")
+    return sigma_data**2 / variance, signs[prediction_type] * sigma * sigma_data / np.sqrt(variance)
+
+
+def model_input_scale(sigma, sigma_data: float = 1.0):
+    """1/sqrt(sigma^2 + sigma_data^2): what the Euler family multiplies a sample with before the model sees it."""
+    return 1 / np.sqrt(np.square(sigma) + sigma_data**2)
 
 
 def alpha_sigma(sigmas: np.ndarray, flow: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -91,3 +101,9 @@ def phi(k: int, z: float) -> float:
     for j in range(1, k):
         value = (value - 1 / factorial(j)) / z
     return value
+
+
+def lagrange(nodes: np.ndarray) -> np.ndarray:
+    """[N, N]: row k holds the coefficients of 1, z, z^2, ... of the polynomial that is 1 at nodes[k], 0 at the other nodes."""
+    others = [np.delete(nodes, k) for k in range(len(nodes))]
+    return np.array([polyfromroots(rest) / np.prod(node - rest) for node, rest in zip(nodes, others)])

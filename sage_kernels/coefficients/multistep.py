@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 
-from .convert import alpha_sigma, denoised_weights, half_log_snr, phi
+from .convert import (
+    alpha_sigma,
+    denoised_weights,
+    denoised_weights_edm,
+    half_log_snr,
+    model_input_scale,
+    phi,
+)
 from .table import CoefficientTable, build, row, schedule
 
 FEW_STEPS = 15  # below this many steps, lower_order_final lowers the order of the last two
@@ -38,32 +45,69 @@ def dpmpp(
     Order 3 is diffusers' (and the authors' code's): it takes D2 at half the size that a third-order method needs, so its
     local error is O(h^3) like order 2's, several times smaller.
     """
-    if order not in (1, 2, 3):
-        raise NotImplementedError(f"dpmpp: order {order}; there are 1, 2, 3")
-    if solver_type not in ("midpoint", "heun"):
-        raise NotImplementedError(f"dpmpp: solver_type {solver_type!r}; there are midpoint, heun")
     timesteps = schedule("timesteps", timesteps, start=start)
     sigmas = schedule("sigmas", sigmas, length=len(timesteps) + 1)
     alphas, noises = alpha_sigma(sigmas, flow)
     lambdas = half_log_snr(sigmas, flow)
-    steps = len(timesteps)
-    few = lower_order_final and steps < FEW_STEPS
+    last_first = euler_at_final or final_sigmas_zero
     rows = []
-    for i in range(start, steps):
+    for i, now in _orders(order, len(timesteps), start, lower_order_final, last_first):
         # flow_prediction is relative to the schedule's own sigma, whatever alpha is
         noise = sigmas[i] if prediction_type == "flow_prediction" else noises[i]
         p, q = denoised_weights(prediction_type, alphas[i], noise)
-        last = i == steps - 1 and (euler_at_final or few or final_sigmas_zero)
-        if order == 1 or i - start < 1 or last:
-            now = 1
-        elif order == 2 or i - start < 2 or (i == steps - 2 and few):
-            now = 2
-        else:
-            now = 3
         a, b, c = _step(now, alphas[i + 1], noises[i], noises[i + 1], np.diff(lambdas[: i + 2])[::-1], sde, solver_type)
         rows.append(row(p=p, q=q, a=a, b0=b[0], b1=b[1], b2=b[2], c=c))
-    name = "dpm++" + ("1" if order == 1 else f"{order}m") + ("-sde" if sde else "")
-    return build(name, rows, timesteps, start=start)
+    return build(_name("dpm++", order, sde), rows, timesteps, start=start)
+
+
+@np.errstate(divide="ignore", invalid="ignore")
+def edm_dpmpp(
+    sigmas,
+    timesteps,
+    prediction_type: str,
+    *,
+    sigma_data: float = 0.5,
+    order: int = 2,
+    sde: bool = False,
+    solver_type: str = "midpoint",
+    lower_order_final: bool = True,
+    euler_at_final: bool = False,
+    final_sigmas_zero: bool = True,
+    start: int = 0,
+) -> CoefficientTable:
+    """DPM-Solver++ as in `dpmpp`, on x = x0 + sigma*noise, for a model preconditioned as in EDM (arXiv:2206.00364, Eq. 7).
+
+    Args:
+        sigmas: [S + 1], noise levels.
+        sigma_data: standard deviation of the data; the model sees x/sqrt(sigma^2 + sigma_data^2).
+    """
+    if order == 3 and sde:
+        raise NotImplementedError("edm_dpmpp: order 3 with noise, which diffusers has no formula for")
+    timesteps = schedule("timesteps", timesteps, start=start)
+    sigmas = schedule("sigmas", sigmas, length=len(timesteps) + 1)
+    lambdas, scale = -np.log(sigmas), model_input_scale(sigmas, sigma_data)
+    last_first = euler_at_final or final_sigmas_zero
+    rows = []
+    for i, now in _orders(order, len(timesteps), start, lower_order_final, last_first):
+        p, q = denoised_weights_edm(prediction_type, sigmas[i], sigma_data)
+        a, b, c = _step(now, 1.0, sigmas[i], sigmas[i + 1], np.diff(lambdas[: i + 2])[::-1], sde, solver_type)
+        rows.append(row(p=p, q=q, a=a, b0=b[0], b1=b[1], b2=b[2], c=c, s=scale[i + 1]))
+    return build(_name("edm-dpm++", order, sde), rows, timesteps, start=start, input_scale=scale[start])
+
+
+def _name(family: str, order: int, sde: bool) -> str:
+    return family + ("1" if order == 1 else f"{order}m") + ("-sde" if sde else "")
+
+
+def _orders(order: int, steps: int, start: int, lower_order_final: bool, last_first: bool) -> list[tuple[int, int]]:
+    """(step, its order) from `start` on: warm-up, and the lower orders towards the end; `last_first`: the last is 1."""
+    if order not in (1, 2, 3):
+        raise NotImplementedError(f"dpmpp: order {order}; there are 1, 2, 3")
+    few = lower_order_final and steps < FEW_STEPS
+    limits = [min(order, i - start + 1, steps - i if few else order) for i in range(start, steps)]
+    if last_first:
+        limits[-1] = 1
+    return list(enumerate(limits, start))
 
 
 def _step(order: int, alpha: float, sigma_now: float, sigma: float, widths: np.ndarray, sde: bool, solver_type: str):
@@ -72,23 +116,30 @@ def _step(order: int, alpha: float, sigma_now: float, sigma: float, widths: np.n
     x' = a*x + g0*D0 + g1*D1 + g2*D2 + c*noise, where D0 = m0, and D1, D2 stand for h and h^2/2 times the first and second
     derivative of x0 in lambda: divided differences of m0, m1, m2, which are widths[1], widths[2] apart.
     """
+    if solver_type not in ("midpoint", "heun"):
+        raise NotImplementedError(f"dpmpp: solver_type {solver_type!r}; there are midpoint, heun")
     h = widths[0]
-    z = -2 * h if sde else -h
-    a = sigma / sigma_now * (np.exp(-h) if sde else 1.0)
-    c = sigma * np.sqrt(-np.expm1(z)) if sde else 0.0
-    g0 = -alpha * np.expm1(z)  # Alg. 2: -alpha*(e^-h - 1)
+    a, g0, g1, g2, c = gains(alpha, sigma_now, sigma, h, sde)
     if order == 1:
         return a, (g0, 0.0, 0.0), c
     h0 = widths[1]
     if order == 2:
-        g1 = g0 / 2 if solver_type == "midpoint" else -alpha * z * phi(2, z)
-        slope = g1 * h / h0  # D1 = (m0 - m1)*h/h0
+        slope = (g0 / 2 if solver_type == "midpoint" else g1) * h / h0  # D1 = (m0 - m1)*h/h0
         return a, (g0 + slope, -slope, 0.0), c
     h1 = widths[2]
-    g1 = -alpha * z * phi(2, z)
-    # As in diffusers. The stochastic form has + 1/2 there, which does not vanish with h as the other does.
-    g2 = -alpha * (phi(2, z) + (0.5 if sde else -0.5))
     # D1 = d0 + (d0 - d1)*h0/(h0 + h1), D2 = (d0 - d1)*h/(h0 + h1), with d0 = (m0 - m1)*h/h0, d1 = (m1 - m2)*h/h1
     bend = (g1 * h0 + g2 * h) / (h0 + h1)
     d0, d1 = (g1 + bend) * h / h0, -bend * h / h1
     return a, (g0 + d0, d1 - d0, -d1), c
+
+
+def gains(alpha: float, sigma_from: float, sigma: float, h: float, sde: bool) -> tuple[float, float, float, float, float]:
+    """(a, g0, g1, g2, c): weights of the sample, of x0 and its differences, and of noise, over h to (alpha, sigma).
+
+    g2 is diffusers'; the stochastic form has + 1/2 in it, which does not vanish with h as the other does.
+    """
+    z = -2 * h if sde else -h
+    a = sigma / sigma_from * (np.exp(-h) if sde else 1.0)
+    c = sigma * np.sqrt(-np.expm1(z)) if sde else 0.0
+    g0 = -alpha * np.expm1(z)  # Alg. 2: -alpha*(e^-h - 1)
+    return a, g0, -alpha * z * phi(2, z), -alpha * (phi(2, z) + (0.5 if sde else -0.5)), c

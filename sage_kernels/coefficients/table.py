@@ -26,6 +26,7 @@ class CoefficientTable:
         corrector: some row reads L, so the xc of every call must be kept for the next one.
         stochastic: some row has c != 0.
         stage: int64 [S]; 0: a step ends with this row, rows may branch after it. 1: mid-step (Heun), they may not.
+        returned: float64 [S, 2], weights of (x, m0) in the sample that diffusers' `step` returns beside x'; None: it is m0.
     """
 
     solver: str
@@ -36,6 +37,7 @@ class CoefficientTable:
     corrector: bool
     stochastic: bool
     stage: np.ndarray
+    returned: np.ndarray | None = None
     _tensors: dict = field(default_factory=dict, init=False, repr=False)
 
     def __len__(self) -> int:
@@ -72,6 +74,7 @@ def build(
     start: int = 0,
     input_scale: float = 1.0,
     stage: np.ndarray | None = None,
+    returned: np.ndarray | None = None,
 ) -> CoefficientTable:
     """Put zero rows before `start`, refuse rows that are not finite, and read the flags off the coefficients."""
     table = np.zeros((len(timesteps), len(COLUMNS)))
@@ -94,6 +97,7 @@ def build(
         corrector=used["u1"],
         stochastic=used["c"],
         stage=np.zeros(len(timesteps), dtype=np.int64) if stage is None else stage,
+        returned=returned,
     )
 
 

@@ -1,4 +1,4 @@
-"""One-step solvers on a variance-preserving schedule alphas_cumprod: DDIM, DDPM, LCM."""
+"""One-step solvers on a variance-preserving schedule alphas_cumprod: DDIM and DDPM."""
 
 from __future__ import annotations
 
@@ -98,40 +98,3 @@ def ddpm(
             )
         )
     return build("ddpm", rows, timesteps, start=start)
-
-
-@np.errstate(divide="ignore", invalid="ignore")
-def lcm(
-    alphas_cumprod,
-    timesteps,
-    prediction_type: str,
-    *,
-    num_inference_steps: int | None = None,
-    timestep_scaling: float = 10.0,
-    sigma_data: float = 0.5,
-    clip: float | None = None,
-    start: int = 0,
-) -> CoefficientTable:
-    """Latent consistency models (arXiv:2310.04378): multistep consistency sampling, arXiv:2303.01469, Alg. 1.
-
-    Each row denoises with f = c_skip*x + c_out*x0, which is what is stored, and adds fresh noise for the next timestep; no
-    noise follows the row `num_inference_steps - 1` (by default the last one).
-    """
-    timesteps = schedule("timesteps", timesteps, start=start)
-    alphas_cumprod = schedule("alphas_cumprod", alphas_cumprod)
-    last = (len(timesteps) if num_inference_steps is None else num_inference_steps) - 1
-    steps = timesteps.astype(int)
-    rows = []
-    for i in range(start, len(steps)):
-        A = alphas_cumprod[steps[i]]
-        P = alphas_cumprod[steps[min(i + 1, len(steps) - 1)]]
-        p, q = denoised_weights(prediction_type, np.sqrt(A), np.sqrt(1 - A))
-        k = steps[i] * timestep_scaling
-        c_skip = sigma_data**2 / (k**2 + sigma_data**2)  # boundary condition: f is the identity at k = 0
-        c_out = k / np.sqrt(k**2 + sigma_data**2)
-        signal, noise = (1.0, 0.0) if i == last else (np.sqrt(P), np.sqrt(1 - P))
-        if clip is None:
-            rows.append(row(p=c_out * p + c_skip, q=c_out * q, b0=signal, c=noise))
-        else:  # x0 is clipped before f is taken, so x0 is what is stored
-            rows.append(row(p=p, q=q, clip=clip, a=signal * c_skip, b0=signal * c_out, c=noise))
-    return build("lcm", rows, timesteps, start=start)
