@@ -20,6 +20,7 @@ _HOME = {  # public name → the module it lives in, imported when first asked f
     "SageScheduler": "sage.scheduler",
     "Sharing": "sage.sharing",
     "SharingPlan": "sage.plan",
+    "Trunk": "sage.trunk",
     "disable": "sage.sharing",
     "embed_prompts": "sage.embed",
     "enable": "sage.sharing",

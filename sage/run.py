@@ -1,26 +1,25 @@
-"""One shared call of a pipeline: the hooks that reduce the denoiser's rows, and the way through the plan."""
+"""One shared call of a pipeline: the way through the plan, and what the denoiser and the scheduler do at each call."""
 
 from __future__ import annotations
 
 import contextlib
-import functools
-import inspect
 import time
-from contextvars import ContextVar
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from diffusers.utils import logging
 
-from sage.families import DENOISERS, LATENTS, PlanRows, Rows, map_outputs, map_rows
+from sage.caches import Caches
+from sage.denoiser import Arguments, Interception, Launcher, Reducer, current, is_static
+from sage.families import ADAPTERS, DENOISERS
 from sage.plan import SharingPlan
+from sage.rows import PlanRows, Rows, map_outputs
 from sage.scheduler import diffusers_class, sage_class
 from sage.solvers import NotInTable, table_for
+from sage.watch import FirstStep
 
 logger = logging.get_logger(__name__)
-
-# The shared call under way in this thread: a denoiser that two pipelines have in common obeys only the one that runs.
-_current: ContextVar[Run | None] = ContextVar("sage_run", default=None)
 
 _MOST_ENTRIES = 16  # denoiser calls between two steps: guidance by separate calls, several denoisers, ControlNets
 _NO_STEP = (
@@ -30,50 +29,65 @@ _NO_STEP = (
 
 
 class Run:
-    """One pipeline call: where in the plan it is, the hooks that reduce the denoiser's rows, and what they counted."""
+    """One pipeline call: where in the plan it is, what it does to denoiser and scheduler, and what it counted.
+
+    Args:
+        max_rows: the most rows (guidance copies counted) of one denoiser call; halved when memory runs out.
+    """
 
     def __init__(self, plan: SharingPlan, pipe, max_rows: int | None, rules: dict[str, str], on_call=None):
-        self.plan, self.pipe, self.max_rows, self.rules, self.on_call = plan, pipe, max_rows, rules, on_call
+        self.plan, self.pipe, self.on_call = plan, pipe, on_call
         self.call = 0  # completed calls of scheduler.step
         self.trajectory, self.boundaries = None, None
+        self._rules, self._reduce = rules, Reducer(rules)
         self._partitions: PlanRows | None = None
-        self._reduced: dict[str, tuple] = {}  # conditions do not change from call to call: reduce them once
-        self._inside = False  # the denoiser is being called by a hook, on a chunk
-        self._pending: dict[str, list] = {}  # chunks' outputs, by denoiser
+        self._first_step: FirstStep | None = None
+        self._denoisers: dict[int, str] = {}  # id of the module → its name
         self._entered: list[tuple[str, int]] = []  # (denoiser, guidance copies) since the last step
         self._counted: list[tuple[int, int]] = []  # (rows, guidance copies of each) of every completed call
+        self._launcher, self._copies_per_launch = Launcher(max_rows, rules), 1
+        self._caches = Caches()
         self._began = self._ended = 0.0
 
     @contextlib.contextmanager
-    def installed(self):
-        """Hooks on the denoisers and the scheduler's class swapped, for the length of a `with` block."""
-        scheduler, hooks = self.pipe.scheduler, []
+    def installed(self) -> Iterator[Run]:
+        """The denoisers' calls intercepted and the scheduler's class swapped, for the length of a `with` block."""
+        scheduler = self.pipe.scheduler
         if scheduler.__dict__.get("_sage_run") is not None:
             raise RuntimeError(
                 f"{type(self.pipe).__name__} was called inside a call of a pipeline with the same scheduler object while "
                 "sharing is on; give one of them a scheduler of its own (copy.deepcopy)"
             )
-        stock_class, token = type(scheduler), _current.set(self)
+        stock_class, token = type(scheduler), current.set(self)
+        num_timesteps = self.pipe.__dict__.pop("_num_timesteps", None)  # the last call's
+        modules = []
         try:
             scheduler.__class__ = sage_class(diffusers_class(stock_class))
             scheduler._sage_run = self
             scheduler._sage_trajectory = None
             for name in DENOISERS:
                 module = getattr(self.pipe, name, None)
-                if isinstance(module, torch.nn.Module):
-                    before, after = functools.partial(self._before, name), functools.partial(self._after, name)
-                    hooks.append(module.register_forward_pre_hook(before, with_kwargs=True))
-                    hooks.append(module.register_forward_hook(after))
-            yield self
+                if isinstance(module, torch.nn.Module) and id(module) not in self._denoisers:
+                    Interception.install(module)
+                    modules.append(module)
+                    self._denoisers[id(module)] = name
+            with self._caches.installed(modules):
+                yield self
         finally:
-            for hook in hooks:
-                hook.remove()
+            for module in modules:
+                Interception.remove(module)
             scheduler.__dict__.pop("_sage_run", None)
             scheduler.__dict__.pop("_sage_trajectory", None)
             scheduler.__class__ = stock_class
-            _current.reset(token)
+            if num_timesteps is not None:
+                self.pipe.__dict__.setdefault("_num_timesteps", num_timesteps)
+            current.reset(token)
 
-    # ---- the plan, as the scheduler and the hooks see it
+    def name_of(self, module: torch.nn.Module) -> str | None:
+        """The pipeline's attribute that holds a denoiser; None for another pipeline's."""
+        return self._denoisers.get(id(module))
+
+    # ---- the plan, as the scheduler and the denoiser see it
 
     @property
     def resolved(self):
@@ -84,10 +98,13 @@ class Run:
         """The partition at the current call; the plan is resolved at the first."""
         if self._partitions is None:
             begin = _first_row(self.pipe.scheduler, timestep)
-            num_calls = len(self.pipe.scheduler.timesteps) - begin
-            self.boundaries = _boundaries(self.pipe.scheduler, begin)
-            resolved = self.plan.resolve(num_calls, self.boundaries)
-            self._partitions = PlanRows(resolved)
+            # What the loop says it will do, else the rest of the schedule (denoising_end stops before that is over).
+            num_calls = self.pipe.__dict__.get("_num_timesteps") or len(self.pipe.scheduler.timesteps) - begin
+            boundaries = _boundaries(self.pipe.scheduler, begin)
+            self.boundaries = None if boundaries is None else boundaries[:num_calls]
+            self._partitions = PlanRows(self.plan.resolve(num_calls, self.boundaries))
+            first = self._partitions.at(0)
+            self._first_step = None if first.trivial else FirstStep(first, self._rules)
         return self._partitions.at(self.call)
 
     def representative_of(self, device: torch.device) -> torch.Tensor | None:
@@ -95,10 +112,32 @@ class Run:
         rows = self.rows()
         return None if rows.trivial else rows.representative_of.to(device)
 
+    def before_step(self, model_output: torch.Tensor, sample: torch.Tensor) -> None:
+        """`scheduler.step` begins; refuse a loop that sharing would get wrong.
+
+        Raises:
+            ValueError: rows that are not the plan's pictures, or not in their order (see `sage.watch`).
+            RuntimeError: the denoiser was not called since the last step.
+        """
+        name = type(self.pipe.scheduler).__name__
+        if len(sample) != len(self.plan.leaves):
+            raise ValueError(
+                f"{name}.step: sample has {len(sample)} rows, but the plan has {len(self.plan.leaves)} pictures; "
+                "sharing needs one row per picture in the scheduler's step"
+            )
+        if not self._entered and self.resolved is not None and self.resolved.saving > 0:
+            raise RuntimeError(
+                f"{name}.step was called {self.call + 1} times, but {type(self.pipe).__name__} called no denoiser of "
+                f"{', '.join(DENOISERS)} since the last: the plan counts one step per denoiser call"
+            )
+        if self._first_step is not None:
+            self._first_step.check(model_output, sample)
+            self._first_step = None
+
     def advance(self, trajectory) -> None:
         """`scheduler.step` has completed a call."""
         rows, entered = self.rows().num_nodes, self._entered
-        self._counted.append((rows, sum(copies for name, copies in entered if name != "controlnet")))
+        self._counted.append((rows, sum(copies for name, copies in entered if name not in ADAPTERS)))
         self._entered = []
         if self.on_call is not None:
             self.on_call(rows, self.resolved.num_calls)
@@ -114,78 +153,56 @@ class Run:
                 "groups that should have parted later did not"
             )
 
-    # ---- the denoiser's hooks
+    # ---- the denoiser's call
 
-    def _before(self, name: str, module, args: tuple, kwargs: dict):
-        """Reduce every batch-shaped argument to one row per node; run all chunks but the last."""
-        if _current.get() is not self or self._inside:
-            return None
+    def denoise(self, name: str, interception: Interception, args: tuple, kwargs: dict) -> Any:
+        """What the pipeline gets for calling its denoiser: B rows in, R rows computed, B rows out."""
         self._began = self._began or time.perf_counter()
-        names = list(inspect.signature(type(getattr(module, "_orig_mod", module)).forward).parameters)[1:]
-        given = {**dict(zip(names, args)), **kwargs}
-        rows = self.rows(given.get("timestep"))
-        batch, copies = self._batch(name, given, rows)
-        if not rows.trivial:
-            given = {key: self._reduce(key, value, rows, batch, copies) for key, value in given.items()}
-        total = copies * rows.num_nodes
+        arguments = Arguments(interception.module, args, kwargs)
+        rows = self.rows(arguments.given.get("timestep"))
+        latents = arguments.latents(name)
+        batch, copies = len(latents), self._copies(name, len(latents), rows)
         self._entered.append((name, copies))
+        self._copies_per_launch = max(self._copies_per_launch, copies)
         if len(self._entered) > _MOST_ENTRIES:
             raise RuntimeError(_NO_STEP.format(pipe=type(self.pipe).__name__, scheduler=type(self.pipe.scheduler).__name__))
-        chunk = self.max_rows if self.max_rows is not None and total > self.max_rows else total
-        self._pending[name] = []
-        for start in range(0, total, chunk):
-            part = given if chunk == total else self._slice(given, start, start + chunk, total)
-            if start + chunk >= total:
-                return tuple(part[n] for n in names[: len(args)]), {key: part[key] for key in kwargs}
-            self._inside = True
-            try:
-                self._pending[name].append(module(*(part[n] for n in names[: len(args)]), **{k: part[k] for k in kwargs}))
-            finally:
-                self._inside = False
-
-    def _after(self, name: str, module, args: tuple, output):
-        """Join the chunks and give every picture its node's row."""
-        if _current.get() is not self or self._inside:
-            return None
-        outputs, rows = [*self._pending.pop(name), output], self.rows()
-        if len(outputs) > 1:
-            output = map_outputs(outputs, torch.cat)
+        given = arguments.given
+        if not rows.trivial:
+            if self._first_step is not None:
+                self._first_step.saw(name, latents)
+            given = self._reduce(name, given, rows, batch, copies, check=self._first_step is not None)
+        self._caches.carry(interception.module, rows, copies, self.resolved.saving > 0)
+        output = self._launch(interception, arguments, given, rows.num_nodes, copies, isinstance(latents, list))
         if rows.trivial:
             return output
-        return map_outputs([output], lambda parts: self._expand(name, parts[0], rows))
+        return map_outputs([output], lambda parts: self._expand(name, parts[0], rows, copies), isinstance(latents, list))
 
-    def _expand(self, name: str, x: torch.Tensor, rows: Rows) -> torch.Tensor:
-        copies = self._entered[-1][1]
+    def _launch(self, interception: Interception, arguments: Arguments, given: dict, num_nodes: int, copies: int, row_lists: bool):
+        """Run k·R rows through the denoiser, in pieces that fit."""
+
+        def call(piece: dict) -> Any:
+            args, kwargs = arguments.passed(piece)
+            return interception.stock(*args, **kwargs)
+
+        if self._caches.hold(interception.module):
+            return self._caches.launch(self._launcher, call, given, copies * num_nodes)
+        pad_to = len(self.plan.leaves) if is_static(interception.module, interception.compiled) else 0
+        return self._launcher(call, given, num_nodes, copies, pad_to, row_lists)
+
+    def _expand(self, name: str, x: Any, rows: Rows, copies: int) -> Any:
         if len(x) != copies * rows.num_nodes:
+            shape = tuple(x.shape) if torch.is_tensor(x) else f"a list of {len(x)}"
             raise ValueError(
-                f"{name} returned a tensor of shape {tuple(x.shape)} for {copies * rows.num_nodes} rows: sage does not know "
-                "which picture its rows belong to"
+                f"{name} returned {shape} for {copies * rows.num_nodes} rows: sage does not know which picture its rows belong to"
             )
         return rows.expand(x, copies)
 
-    def _batch(self, name: str, given: dict, rows: Rows) -> tuple[int, int]:
-        """(k·B, k): the rows that the denoiser was called with, and how often each picture stands among them."""
-        latents = next((given[key] for key in LATENTS if torch.is_tensor(given.get(key))), None)
-        if latents is None:
-            raise ValueError(f"{name} was called without a latents argument that sage knows ({', '.join(LATENTS)})")
-        copies, rest = divmod(len(latents), rows.num_leaves)
+    def _copies(self, name: str, batch: int, rows: Rows) -> int:
+        """k: how often each picture stands among the rows that the denoiser was called with."""
+        copies, rest = divmod(batch, rows.num_leaves)
         if rest or copies == 0:
-            raise ValueError(
-                f"{name} was called with {len(latents)} rows, which is no multiple of the plan's {rows.num_leaves} pictures"
-            )
-        return len(latents), copies
-
-    def _reduce(self, key: str, value: Any, rows: Rows, batch: int, copies: int) -> Any:
-        if key in LATENTS or not torch.is_tensor(value):
-            return map_rows(key, value, batch, self.rules, lambda x, how: getattr(rows, how)(x, copies))
-        last = self._reduced.get(key)
-        if last is None or last[0] is not value or last[1:3] != (value._version, rows):
-            reduced = map_rows(key, value, batch, self.rules, lambda x, how: getattr(rows, how)(x, copies))
-            last = self._reduced[key] = (value, value._version, rows, reduced)
-        return last[3]
-
-    def _slice(self, given: dict, start: int, stop: int, total: int) -> dict:
-        return {key: map_rows(key, value, total, self.rules, lambda x, how: x[start:stop]) for key, value in given.items()}
+            raise ValueError(f"{name} was called with {batch} rows, which is no multiple of the plan's {rows.num_leaves} pictures")
+        return copies
 
     def stats(self) -> dict[str, Any]:
         """See `Sharing.stats`."""
@@ -199,7 +216,11 @@ class Run:
             "denoiser_rows": sum(rows * copies for rows, copies in self._counted),
             "rows": [rows for rows, _ in self._counted],
             "num_calls": len(self._counted),
+            "launches": self._launcher.launches,
+            "copies_per_launch": self._copies_per_launch,
+            "max_rows": self._launcher.max_rows,
             "boundaries": self.boundaries,
+            "cache": self._caches.stats(),
             "denoise_seconds": self._ended - self._began,
             "solver_path": "table" if in_table else f"own step: {getattr(self.trajectory, 'reason', 'no step was taken')}",
         }
@@ -209,15 +230,16 @@ def _first_row(scheduler, timestep: Any) -> int:
     """The row of `scheduler.timesteps` at which this loop begins (img2img and refiners skip the first ones)."""
     if hasattr(scheduler, "begin_index"):
         return scheduler.begin_index or 0
-    found = (scheduler.timesteps == timestep).nonzero() if timestep is not None else []
+    if timestep is None:
+        return 0
+    found = (scheduler.timesteps == torch.as_tensor(timestep).flatten()[0].to(scheduler.timesteps.device)).nonzero()
     return int(found[0]) if len(found) else 0
 
 
 def _boundaries(scheduler, begin: int) -> list[bool] | None:
     """Per denoiser call, whether a group may part after it; None where it may after every one."""
-    if getattr(scheduler, "order", 1) == 1:
-        return None
     try:
-        return [stage == 0 for stage in table_for(scheduler, begin=begin).stage[begin:]]
+        stage = table_for(scheduler, begin=begin).stage[begin:]
     except NotInTable:
         return None
+    return [number == 0 for number in stage] if any(stage) else None

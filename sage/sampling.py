@@ -10,16 +10,25 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import math
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 
-from sage.families import RULES, PlanRows, Rows, map_rows
+from sage.calls import Call, Guidance, Schedule, first_call
+from sage.families import RULES
 from sage.graphs import CapturedDenoiser
-from sage.plan import ResolvedPlan, SharingPlan
+from sage.plan import SharingPlan
+from sage.rows import Rows, map_rows
+from sage.sampling_checks import (
+    check_alike,
+    check_conditions,
+    check_noise,
+    check_start,
+    check_trunk_guidance,
+    guidance_scales,
+)
+from sage.trunk import Fingerprint, Trunk
 from sage_kernels import CoefficientTable, branch_step
 
 
@@ -27,14 +36,16 @@ def sample(
     denoise: Callable[[torch.Tensor, torch.Tensor, Any], torch.Tensor] | CapturedDenoiser,
     plan: SharingPlan,
     table: CoefficientTable,
-    x_init: torch.Tensor,
+    x_init: torch.Tensor | Trunk,
     conditions: Any,
     *,
     negative_conditions: Any = None,
-    guidance_scale: float = 1.0,
+    guidance_scale: float | Sequence[float] | torch.Tensor = 1.0,
+    trunk_guidance: str = "mean",
     seeds: torch.Tensor | None = None,
     noise: Callable[[int], torch.Tensor] | None = None,
     on_call: Callable[[int], None] | None = None,
+    on_part: Callable[[int, Trunk], None] | None = None,
     graphs: bool = False,
 ) -> torch.Tensor:
     """Sample every leaf of a plan.
@@ -47,15 +58,22 @@ def sample(
         plan: over B leaves; resolved here against the table's calls.
         table: the solver's coefficients (`sage.solvers.table_for`), one row per call. A table that begins later (img2img:
             `table_for(scheduler, begin=...)`) starts there, and the plan is resolved on the calls that remain.
-        x_init: [B, ...] float32, bfloat16 or float16: each leaf's initial latents, already at the first noise level.
+        x_init: [B, ...] float32, bfloat16 or float16: each leaf's initial latents, already at the first noise level. Or a
+            `sage.Trunk` that was kept with the same table, on the denoiser's device: every leaf joins it where its group
+            parted. The calls before are not run, and the plan is resolved on those that remain.
         conditions: a tensor [B, ...], or a mapping of argument name → tensor, reduced to nodes as in `sage.families.RULES`
             (a lone tensor is averaged).
         negative_conditions: same structure; required when `guidance_scale` is not 1.
-        guidance_scale: g in y = u + g·(c − u); 1: no guidance, one row per node.
+        guidance_scale: g in y = u + g·(c − u): a number, a sequence with one for each call that runs, or a tensor [B] with
+            one per leaf; 1 everywhere: no guidance, one row per node.
+        trunk_guidance: what a node's g and negative conditions are: "mean": its members' mean (of the conditions as in
+            `sage.families.RULES`); "representative": those of its representative.
         seeds: int64 [B], one per leaf: Philox noise inside the kernel (stochastic solvers). A node uses its
             representative's.
-        noise: instead of `seeds`: `noise(call)` → [B, ...], the leaves' draws at that call.
+        noise: instead of `seeds`: `noise(call)` → [B, ...], the leaves' draws at that call, counted from the table's first.
         on_call: called with R_s after each call; for progress bars.
+        on_part: called with (index into `plan.roots`, `sage.Trunk`) when a group that began as one row has come to where it
+            parts: what later leaves can join.
         graphs: capture the denoiser calls of this run as CUDA graphs, one per row count, and replay them: for a denoiser that
             the host cannot feed fast enough. Opt-in, because a replay repeats what the GPU did at the capture: `denoise` must
             be a function of its inputs alone (no counter, no branch on a timestep's value), see `sage.CapturedDenoiser`. One
@@ -66,44 +84,49 @@ def sample(
 
     Raises:
         ValueError: rows that do not match the plan, a stochastic table without `seeds` or `noise`, guidance without
-            `negative_conditions`, graphs on a device other than CUDA. Raised before the first denoiser call.
+            `negative_conditions`, a trunk made with another table, graphs on a device other than CUDA. Raised before the
+            first denoiser call.
         NotImplementedError: graphs where gradients are enabled.
     """
-    _check(plan, table, x_init, conditions, negative_conditions, guidance_scale, seeds, noise)
+    leaves, trunk = len(plan.leaves), x_init if isinstance(x_init, Trunk) else None
+    check_start(x_init, leaves, table)
+    first = first_call(table) if trunk is None else trunk.call
+    scales = guidance_scales(guidance_scale, len(table) - first, leaves)
+    guided = bool((scales != 1.0).any())
+    check_trunk_guidance(trunk_guidance)
+    check_conditions(conditions, negative_conditions, guidance_scale, guided, leaves)
+    check_noise(table, seeds, noise, leaves)
     captured = denoise if isinstance(denoise, CapturedDenoiser) else CapturedDenoiser(denoise) if graphs else None
+    device = x_init.device if trunk is None else trunk.sample.device
     if captured is not None:
-        captured.check(x_init.device)
-    guided = guidance_scale != 1.0
-    device, first = x_init.device, int(table.rows.any(axis=1).argmax())  # rows before `begin` are zero
-    resolved = plan.resolve(len(table) - first, [stage == 0 for stage in table.stage[first:]])
+        captured.check(device)
+    schedule = Schedule(plan, table, first, Guidance(scales, trunk_guidance) if guided else None, seeds, device)
+    calls, rows = schedule.calls, schedule.calls[0].rows
+    check_alike(rows, conditions)
     coefficients, timesteps = table.tensor(device), torch.tensor(table.timesteps[first:], dtype=torch.float32, device=device)
-    calls = _schedule(resolved, first, table.history, guidance_scale if guided else None, seeds, device)
-
-    x = x_init.index_select(0, calls[0].rows.representatives.to(device))
-    model_input = x * table.input_scale
-    if guided:
-        model_input = torch.cat([model_input, model_input])
-    history: list[torch.Tensor] = []  # m1, m2, m3: what the solver stored, newest first
-    last_sample = None
-    conditions_of = functools.partial(_condition_rows, conditions, negative_conditions if guided else None)
+    state = _begun(x_init, rows, table, guided) if trunk is None else _joined(trunk, rows, guided)
+    negatives = negative_conditions if guided else None
+    conditions_of = functools.partial(_condition_rows, conditions, negatives, trunk_guidance)
     run = _Eager(denoise if captured is None else captured.denoise, timesteps, [call.rows for call in calls], conditions_of)
-    rows_after = [len(call.parent) for call in calls]
-    with contextlib.nullcontext(run) if captured is None else captured.run(run, x, model_input, rows_after, table) as run:
+    replays = contextlib.nullcontext(run)
+    if captured is not None:
+        replays = captured.run(run, state.sample, state.model_input, [len(call.parent) for call in calls], table)
+    with replays as run:
         for s, call in enumerate(calls):
-            output = run(s, model_input)
+            output = run(s, state.model_input)
             uncond, cond = output.chunk(2) if guided else (None, output)
             out = branch_step(
-                x,
+                state.sample,
                 cond,
                 coefficients,
                 call.step,
                 call.parent,
                 uncond_output=uncond,
                 guidance=call.guidance,
-                history=tuple(history),
+                history=state.history,
                 history_parent=call.history_parent,
-                last_sample=last_sample,
-                noise=None if noise is None else _drawn(noise, s, x_init),
+                last_sample=state.last_sample,
+                noise=None if noise is None else _drawn(noise, call.number, state.sample, leaves),
                 noise_index=None if noise is None else call.representative,
                 seed=call.seed,
                 want_denoised=table.history > 0,
@@ -111,19 +134,59 @@ def sample(
                 model_input=call.model_input,
                 out=run.out(s),
             )
-            x, last_sample, model_input = out.sample, out.corrected, out.model_input
-            history = [out.denoised, *history][: table.history]
+            state = _State(out.sample, out.model_input, (out.denoised, *state.history)[: table.history], out.corrected)
+            if on_part is not None:
+                _keep(state, call, schedule, on_part)
             if on_call is not None:
                 on_call(call.rows.num_nodes)
-    return x
+    return state.sample
 
 
-def _drawn(noise: Callable[[int], torch.Tensor], s: int, x_init: torch.Tensor) -> torch.Tensor:
-    drawn = noise(s)
-    if not torch.is_tensor(drawn) or drawn.shape != x_init.shape:
+class _State(NamedTuple):
+    """What goes from call to call, a row per node; an older part of the history may still have fewer."""
+
+    sample: torch.Tensor  # [R, ...]
+    model_input: torch.Tensor | None  # [k·R, ...]; None after the last call
+    history: tuple[torch.Tensor, ...] = ()  # m1, m2, m3: what the solver stored, newest first
+    last_sample: torch.Tensor | None = None  # [R, ...]
+
+
+def _begun(x_init: torch.Tensor, rows: Rows, table: CoefficientTable, guided: bool) -> _State:
+    """The first state: every node has its representative's latents."""
+    x = x_init.index_select(0, rows.representatives.to(x_init.device))
+    model_input = x * table.input_scale
+    return _State(x, torch.cat([model_input, model_input]) if guided else model_input)
+
+
+def _joined(trunk: Trunk, rows: Rows, guided: bool) -> _State:
+    """The first state of leaves that join: every node has the trunk's."""
+
+    def spread(one: torch.Tensor, copies: int = 1) -> torch.Tensor:
+        return one.repeat(copies * rows.num_nodes, *[1] * (one.ndim - 1))
+
+    last_sample = None if trunk.last_sample is None else spread(trunk.last_sample)
+    model_input = spread(trunk.model_input, 2 if guided else 1)
+    return _State(spread(trunk.sample), model_input, tuple(map(spread, trunk.history)), last_sample)
+
+
+def _keep(state: _State, call: Call, schedule: Schedule, on_part: Callable[[int, Trunk], None]) -> None:
+    """Hand over copies of the groups that part after a call."""
+    plan = schedule.leaves_plan
+    for root, row, history in call.partings:
+        members, leader = plan.roots[root].members, plan.leaves[plan.roots[root].representative]
+        record = {"prompts": [plan.leaves[leaf].prompt for leaf in members], "prompt": leader.prompt, "seed": leader.seed}
+        last_sample = None if state.last_sample is None else state.last_sample[row : row + 1].clone()
+        stored = tuple(kept[at : at + 1].clone() for kept, at in zip(state.history, history))
+        tensors = state.sample[row : row + 1].clone(), state.model_input[row : row + 1].clone(), stored, last_sample
+        on_part(root, Trunk(*tensors, call.row + 1, Fingerprint.of(schedule.table), record | {"encoder": plan.encoder}))
+
+
+def _drawn(noise: Callable[[int], torch.Tensor], number: int, sample: torch.Tensor, leaves: int) -> torch.Tensor:
+    drawn, wanted = noise(number), (leaves, *sample.shape[1:])
+    if not torch.is_tensor(drawn) or drawn.shape != wanted:
         got = tuple(drawn.shape) if torch.is_tensor(drawn) else type(drawn).__name__
-        raise ValueError(f"noise({s}) must be a tensor {tuple(x_init.shape)}, a row per leaf of the plan, got {got}")
-    return drawn.to(device=x_init.device, dtype=torch.float32)
+        raise ValueError(f"noise({number}) must be a tensor {wanted}, a row per leaf of the plan, got {got}")
+    return drawn.to(device=sample.device, dtype=torch.float32)
 
 
 class _Eager:
@@ -149,96 +212,26 @@ class _Eager:
         return None
 
 
-class _Call:
-    """Everything `branch_step` needs to know of one call, on the device before the loop starts.
+def _condition_rows(conditions: Any, negative: Any, trunk_guidance: str, rows: Rows) -> Any:
+    """[B, ...] conditions → [R, ...], or [2R, ...] with the negative half first.
 
-    Output rows are the nodes of the next call (the leaves, after the last). A row draws its noise, and takes its table row,
-    as its parent node does: children of one node part by their conditions alone.
+    Args:
+        trunk_guidance: "representative": a node's negative conditions are its representative's.
     """
-
-    def __init__(self, partitions: PlanRows, s: int, row: int, ancestors, guidance: float | None, seeds, device: torch.device):
-        plan = partitions.plan
-        self.rows = partitions.at(s)
-        parent = _parent(plan, s)
-        representative = plan.representatives(s)[parent]
-        ints = dict(dtype=torch.int32, device=device)
-        self.parent = torch.tensor(parent, **ints)  # [R_{s+1}]
-        self.history_parent = tuple(torch.tensor(index, **ints) for index in ancestors)  # m1, m2, m3: [R_{s+1}] each
-        self.representative = torch.tensor(representative, **ints)  # [R_{s+1}] leaf
-        self.step = torch.full((len(parent),), row, **ints)
-        self.guidance = None if guidance is None else torch.full((len(parent),), guidance, device=device)
-        self.seed = None if seeds is None else seeds[torch.from_numpy(np.array(representative))].to(device)
-        self.model_input = None if s == plan.num_calls - 1 else "single" if guidance is None else "double"
+    reduced = _reduced(conditions, rows, None)
+    if negative is None:
+        return reduced
+    negative = _reduced(negative, rows, "representative" if trunk_guidance == "representative" else None)
+    if not isinstance(conditions, Mapping):
+        return torch.cat([negative, reduced])
+    return {name: torch.cat([negative[name], value]) for name, value in reduced.items()}
 
 
-def _schedule(plan: ResolvedPlan, first: int, history: int, guidance: float | None, seeds, device: torch.device) -> list[_Call]:
-    partitions, ancestors, calls = PlanRows(plan), [], []
-    for s in range(plan.num_calls):
-        parent = _parent(plan, s)
-        # m1 has the rows that the state has now, m2 those of a call earlier: one more generation back.
-        ancestors = [parent, *(index[parent] for index in ancestors)][: min(s, history)]
-        calls.append(_Call(partitions, s, first + s, ancestors, guidance, seeds, device))
-    return calls
-
-
-def _parent(plan: ResolvedPlan, s: int) -> np.ndarray:
-    """int64 [R_{s+1}]: the node of call s that each row after it comes from."""
-    return plan.labels(s) if s == plan.num_calls - 1 else plan.parent(s)
-
-
-def _condition_rows(conditions: Any, negative: Any, rows: Rows) -> Any:
-    """[B, ...] conditions → [R, ...], or [2R, ...] with the negative half first."""
-    if isinstance(conditions, Mapping):
-        return {
-            key: _condition_rows_of(key, value, None if negative is None else negative[key], rows)
-            for key, value in conditions.items()
-        }
-    return _condition_rows_of("encoder_hidden_states", conditions, negative, rows)
-
-
-def _condition_rows_of(name: str, value: torch.Tensor, negative: torch.Tensor | None, rows: Rows) -> torch.Tensor:
-    both = value if negative is None else torch.cat([negative, value])
-    copies = 1 if negative is None else 2
+def _reduced(given: Any, rows: Rows, instead: str | None) -> Any:
+    """[B, ...] values → [R, ...], as their rules say, or all of them as `instead` says."""
     if rows.trivial:
-        return both
-    return map_rows(name, both, len(both), RULES, lambda x, how: getattr(rows, how)(x, copies))
-
-
-def _check(plan, table, x_init, conditions, negative, guidance_scale, seeds, noise) -> None:
-    leaves = len(plan.leaves)
-    if x_init.ndim < 2 or len(x_init) != leaves:
-        raise ValueError(f"x_init must be [{leaves}, ...], a row per leaf of the plan, got {tuple(x_init.shape)}")
-    if x_init.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise TypeError(f"x_init must be float32, bfloat16 or float16, got {x_init.dtype}")
-    if not math.isfinite(guidance_scale):
-        raise ValueError(f"guidance_scale must be finite, got {guidance_scale}")
-    if guidance_scale != 1.0 and negative is None:
-        raise ValueError(f"negative_conditions are required for guidance_scale {guidance_scale}; pass them or use 1.0")
-    names = _check_conditions("conditions", conditions, leaves)
-    if negative is not None and _check_conditions("negative_conditions", negative, leaves) != names:
-        raise ValueError("negative_conditions must have the structure of conditions: a tensor, or a mapping of the same names")
-    unknown = [name for name in names if name and name not in RULES]
-    if unknown:
-        raise ValueError(f"conditions[{unknown[0]!r}] has no rule that says how a group's rows become one; known: {', '.join(RULES)}")
-    if seeds is not None and noise is not None:
-        raise ValueError("seeds and noise exclude each other: pass seeds for noise inside the kernel, or noise to bring it")
-    if table.stochastic and seeds is None and noise is None:
-        raise ValueError(f"{table.solver} draws noise at every step: pass seeds (int64 [{leaves}]) or noise")
-    if seeds is not None and not torch.is_tensor(seeds):
-        raise TypeError(f"seeds must be an int64 tensor [{leaves}], got {type(seeds).__name__}; use torch.tensor(seeds)")
-    if seeds is not None and (seeds.dtype != torch.int64 or tuple(seeds.shape) != (leaves,)):
-        raise ValueError(f"seeds must be int64 [{leaves}], got {seeds.dtype} {tuple(seeds.shape)}")
-
-
-def _check_conditions(what: str, given: Any, leaves: int) -> list[str]:
-    """The names in `given` ("" for a lone tensor), after checking that every value has a row per leaf."""
-    entries = dict(given) if isinstance(given, Mapping) else {"": given}
-    for name, value in entries.items():
-        where = f"{what}[{name!r}]" if name else what
-        if not torch.is_tensor(value):
-            raise TypeError(f"{where} must be a tensor{'' if name else ' or a mapping of tensors'}, got {type(value).__name__}")
-        if value.ndim == 0 or len(value) != leaves:
-            raise ValueError(f"{where} must have {leaves} rows, one per leaf of the plan, got {tuple(value.shape)}")
-        if RULES.get(name or "encoder_hidden_states") == "mean" and not value.is_floating_point():
-            raise TypeError(f"{where} is averaged over a group and must have a floating dtype, got {value.dtype}; use {where}.float()")
-    return sorted(entries)
+        return given
+    alone = not isinstance(given, Mapping)
+    named = {"encoder_hidden_states": given} if alone else given
+    reduced = map_rows(named, rows.num_leaves, RULES, lambda name, value, how, mask: rows.reduce(value, instead or how, 1, mask))
+    return reduced["encoder_hidden_states"] if alone else reduced

@@ -23,9 +23,9 @@ from diffusers import DiffusionPipeline
 
 from sage.embed import embed_prompts
 from sage.families import DENOISERS, check_rules
-from sage.grouping import plan_prompts
 from sage.plan import SharingPlan
 from sage.plan_checks import fraction, integer, threshold
+from sage.request import Request
 from sage.run import Run
 
 
@@ -88,8 +88,10 @@ class Sharing:
         resolved: the `ResolvedPlan` that the last call followed.
         stats: what the last call did: `nfe` (denoiser rows evaluated, guidance copies not counted), `nfe_independent`,
             `saving`, `guidance_copies` (the most per row), `denoiser_rows` (with guidance copies), `rows` (per denoiser
-            call), `num_calls`, `boundaries` (per call, whether a group might part after it; None: after any),
-            `denoise_seconds`, `seconds`, `solver_path`.
+            call), `num_calls`, `launches` (denoiser calls really made, ControlNets included), `copies_per_launch`
+            (guidance copies in one call), `max_rows` (halved if memory ran out), `boundaries` (per call, whether a group might
+            part after it; None: after any), `cache` (None, or the `name` of what skips blocks and the fraction `computed`: those
+            blocks cost (1 − saving) · computed), `denoise_seconds`, `seconds`, `solver_path`.
         on_call: called after each denoiser call with (rows evaluated, number of calls); for progress bars.
     """
 
@@ -97,6 +99,7 @@ class Sharing:
         self.pipe, self.plan, self.resolved, self.stats = pipe, plan, None, {}
         self.on_call: Callable[[int, int], None] | None = None
         self._fixed_plan, self._options, self._encoder = plan, options, encoder
+        self._last: tuple | None = None  # (what the last call asked for, the plan made for it)
         self._max_rows, self._rules = max_rows, rules
         self.attach()
 
@@ -133,29 +136,16 @@ class Sharing:
 
     def _plan_call(self, given: Mapping[str, Any]) -> SharingPlan:
         """The plan of one call: the fixed one, checked against the call, or a new one from the call's prompts."""
-        prompts, images = given.get("prompt"), given.get("num_images_per_prompt") or 1
-        prompts = [prompts] if isinstance(prompts, str) else prompts
-        plan = self._fixed_plan
-        if plan is None:
-            return self._plan_prompts(prompts, images)
-        if prompts is not None:
-            asked = [prompt for prompt in prompts for _ in range(images)]
-            planned = [leaf.prompt for leaf in plan.leaves]
-            if asked != planned:
-                raise ValueError(mismatch(asked, planned))
-        elif given.get("prompt_embeds") is not None and len(given["prompt_embeds"]) * images != len(plan.leaves):
-            count = len(given["prompt_embeds"]) * images
-            raise ValueError(f"plan is for {len(plan.leaves)} pictures, but the call asks for {count}")
-        return plan
-
-    def _plan_prompts(self, prompts: list[str] | None, images: int) -> SharingPlan:
-        if prompts is None:
-            raise ValueError("the call gives prompt_embeds and no prompt: there is no text to group by; pass plan= to sage.enable")
-        last = self.plan
-        if last is not None and [leaf.prompt for leaf in last.leaves] == [p for p in prompts for _ in range(images)]:
-            return last
-        embeddings = embed_prompts(prompts, encoder=self._encoder, pipe=self.pipe)
-        return plan_prompts(prompts, embeddings, images_per_prompt=images, **self._options)
+        asked = Request(self.pipe, given)
+        if self._fixed_plan is not None:
+            asked.check(self._fixed_plan)
+            return self._fixed_plan
+        if asked.prompts is None:
+            raise ValueError("the call gives embeddings and no prompt: there is no text to group by; pass plan= to sage.enable")
+        if self._last is None or self._last[0] != (asked.prompts, asked.images, asked.pictures):
+            embeddings = embed_prompts(asked.prompts, encoder=self._encoder, pipe=self.pipe)
+            self._last = (asked.prompts, asked.images, asked.pictures), asked.plan(embeddings, self._options)
+        return self._last[1]
 
 
 def check_options(share: float, similarity: float, max_group_size: int, max_rows: int | None = None) -> None:
@@ -169,14 +159,6 @@ def check_options(share: float, similarity: float, max_group_size: int, max_rows
     integer(max_group_size, "max_group_size", 1)
     if max_rows is not None:
         integer(max_rows, "max_rows", 1)
-
-
-def mismatch(asked: list[str], planned: list[str]) -> str:
-    """How the prompts of a call differ from those that a plan was made for."""
-    if len(asked) != len(planned):
-        return f"plan is for {len(planned)} pictures, but the call asks for {len(asked)} (prompts × num_images_per_prompt)"
-    i = next(i for i, (a, p) in enumerate(zip(asked, planned)) if a != p)
-    return f"plan was made for other prompts: picture {i} is planned as {planned[i]!r}, but the call asks for {asked[i]!r}"
 
 
 @functools.lru_cache(maxsize=None)

@@ -11,12 +11,15 @@ import torch
 from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
+    DEISMultistepScheduler,
     DPMSolverMultistepScheduler,
+    DPMSolverSinglestepScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     HeunDiscreteScheduler,
     KDPM2DiscreteScheduler,
     LCMScheduler,
+    LMSDiscreteScheduler,
     PNDMScheduler,
     SASolverScheduler,
     UniPCMultistepScheduler,
@@ -42,13 +45,16 @@ TABLE_SOLVERS = {
     "unipc": (UniPCMultistepScheduler, {}),
     "heun": (HeunDiscreteScheduler, {}),
     "lcm": (LCMScheduler, {}),
+    "kdpm2": (KDPM2DiscreteScheduler, {}),
+    "lms": (LMSDiscreteScheduler, {}),
+    "deis": (DEISMultistepScheduler, {}),
+    "dpm++2s": (DPMSolverSinglestepScheduler, {}),
 }
 OWN_STEP = {
-    "kdpm2": (KDPM2DiscreteScheduler, {}),
     "pndm": (PNDMScheduler, {"skip_prk_steps": True}),
     "sa-solver": (SASolverScheduler, {}),
 }
-SHARED_SOLVERS = ("ddim", "euler", "euler-a", "dpm++2m", "dpm++2m-sde", "dpm++3m", "unipc", "heun", "lcm")
+SHARED_SOLVERS = ("kdpm2", "lms", "deis", "dpm++2s", "ddim", "euler", "euler-a", "dpm++2m", "dpm++2m-sde", "dpm++3m", "unipc", "heun", "lcm")
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +155,7 @@ def test_ddim_with_eta_goes_through_the_table(pipe):
 @pytest.mark.parametrize("solver", SHARED_SOLVERS)
 def test_sharing_equals_the_hand_written_loop(pipe, solver):
     use(pipe, solver)
-    calls, branch = (2 * STEPS - 1, 4) if solver == "heun" else (STEPS, 3)
+    calls, branch = (2 * STEPS - 1, 4) if solver in ("heun", "kdpm2") else (STEPS, 4 if solver == "dpm++2s" else 3)
     expected = shared_latents(pipe, pipe.scheduler, PROMPTS, NEGATIVES, SEEDS, GROUPS, branch, STEPS, GUIDANCE)
     with sage.enable(pipe, flat(branch / calls)) as sharing:
         got = draw(pipe)
@@ -205,6 +211,7 @@ def test_heun_branches_between_whole_steps(pipe):
 
 @pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 1.0])
 def test_denoiser_rows_equal_the_plans(pipe, share):
+    """A hook of the user's on the denoiser sees the rows that are computed, whenever it was registered."""
     seen = []
     hook = pipe.unet.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
     plan = flat(share)
@@ -213,8 +220,7 @@ def test_denoiser_rows_equal_the_plans(pipe, share):
             draw(pipe)
     finally:
         hook.remove()
-    # This hook was there first: it sees what the pipeline asks for. The spy below sees what the U-Net computes.
-    assert seen == [2 * len(PROMPTS)] * STEPS
+    assert seen == [2 * rows for rows in plan.resolve(STEPS).rows]
     assert sharing.stats["nfe"] == plan.cost(STEPS).nfe
 
 
@@ -244,11 +250,17 @@ def test_chunks_of_max_rows_change_nothing(pipe, monkeypatch):
     seen = []
     convolve = pipe.unet.conv_in.forward
     monkeypatch.setattr(pipe.unet.conv_in, "forward", lambda x: seen.append(len(x)) or convolve(x))
-    with sage.enable(pipe, flat(), max_rows=3) as sharing:
+    with sage.enable(pipe, flat(), max_rows=5) as sharing:  # two pictures with their two guidance copies
         got = draw(pipe)
-    assert max(seen) == 3
-    assert sum(seen) == 2 * sharing.stats["nfe"]
+    assert seen == [4] * 3 + [4, 4, 2] * 3
+    assert sum(seen) == 2 * sharing.stats["nfe"] and sharing.stats["launches"] == 3 + 9
     assert worst(got, expected) <= 1e-5
+
+
+def test_max_rows_below_one_picture_is_refused(pipe):
+    with sage.enable(pipe, flat(), max_rows=1):
+        with pytest.raises(ValueError, match="max_rows must be at least 2, the rows of one picture with its guidance copies, got 1"):
+            draw(pipe)
 
 
 def test_without_guidance_one_copy_per_row(pipe):

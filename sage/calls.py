@@ -1,0 +1,132 @@
+"""A run of the native loop, call by call: everything that `branch_step` is told, on the device before the loop starts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from sage.plan import ResolvedPlan, SharingPlan
+from sage.rows import PlanRows, Rows
+from sage_kernels import CoefficientTable
+
+HOW = ("mean", "representative")  # what a node's guidance and negative conditions are, of its members'
+
+
+class Parting(NamedTuple):
+    """A root of the plan that parts after a call, and where its state is then."""
+
+    root: int  # index into the plan's roots
+    row: int  # output row of the call
+    history: list[int]  # the rows of m1, m2, m3 as they are after the call
+
+
+class Guidance:
+    """The guidance scale of every node at every call.
+
+    Args:
+        scales: float64 [S, B], of every leaf at every call.
+        how: "mean" or "representative": a node has its members' mean, or its representative's.
+    """
+
+    def __init__(self, scales: np.ndarray, how: str):
+        self._scales, self._how = scales, how
+
+    def at(self, s: int, rows: Rows) -> np.ndarray:
+        """float64 [R_s]"""
+        if self._how == "representative":
+            return self._scales[s][rows.representatives.numpy()]
+        labels = rows.labels.numpy()
+        return np.bincount(labels, weights=self._scales[s]) / np.bincount(labels)
+
+
+class Call:
+    """One denoiser call and the `branch_step` after it. Output rows are the nodes of the next call (the leaves, after the last).
+
+    A row draws its noise, and takes its table row, as its parent node does: children of one node part by their conditions
+    alone.
+
+    Attributes:
+        row: of the table.
+        number: of the call, from the table's first.
+        rows: the nodes that the denoiser is called for.
+        parent, history_parent, step, guidance, seed, model_input: see `branch_step`, [R_{s+1}] each.
+        representative: int32 [R_{s+1}], the leaf whose noise each output row uses.
+        partings: the roots that part after it.
+    """
+
+    def __init__(self, schedule: Schedule, s: int, parent: np.ndarray, ancestors: Sequence[np.ndarray]):
+        plan, device = schedule.plan, schedule.device
+        representative = plan.representatives(s)[parent]
+        ints = dict(dtype=torch.int32, device=device)
+        self.row, self.rows = schedule.first + s, schedule.partitions.at(s)
+        self.number = self.row - first_call(schedule.table)
+        self.parent = torch.tensor(parent, **ints)
+        self.history_parent = tuple(torch.tensor(index, **ints) for index in ancestors)
+        self.representative = torch.tensor(representative, **ints)
+        self.step = torch.full((len(parent),), self.row, **ints)
+        guidance, seeds = schedule.guidance, schedule.seeds
+        scales = None if guidance is None else guidance.at(s, self.rows)[parent]
+        self.guidance = None if scales is None else torch.tensor(scales, dtype=torch.float32, device=device)
+        self.seed = None if seeds is None else seeds[torch.from_numpy(np.array(representative))].to(device)
+        self.model_input = None if s == plan.num_calls - 1 else "single" if guidance is None else "double"
+        self.partings: list[Parting] = []
+
+
+class Schedule:
+    """The calls of one run.
+
+    Args:
+        plan: over B leaves; resolved on the calls from `first` on.
+        table: one row per call.
+        first: the table row of the first call that runs; the table's own first unless the leaves join a trunk.
+        guidance: None: the denoiser is called for one row per node.
+        seeds: int64 [B]; None: no Philox noise.
+
+    Attributes:
+        leaves_plan: the plan as given.
+        plan: the plan in denoiser calls.
+    """
+
+    def __init__(
+        self, plan: SharingPlan, table: CoefficientTable, first: int, guidance: Guidance | None, seeds, device: torch.device
+    ):
+        boundaries = [stage == 0 for stage in table.stage[first:]]
+        self.leaves_plan, self.plan = plan, plan.resolve(len(table) - first, boundaries)
+        self.table, self.first, self.guidance, self.seeds, self.device = table, first, guidance, seeds, device
+        self.partitions = PlanRows(self.plan)
+        partings = _partings(plan, self.plan, boundaries)
+        stored = min(first - first_call(table), table.history)  # m1, m2, ... that a trunk brings, a row per node
+        ancestors = [np.arange(self.plan.rows[0])] * max(stored - 1, 0)
+        self.calls: list[Call] = []
+        for s in range(self.plan.num_calls):
+            parent = _parent(self.plan, s)
+            # m1 has the rows that the state has now, m2 those of a call earlier: one more generation back.
+            ancestors = [parent, *(index[parent] for index in ancestors)][: min(stored + s, table.history)]
+            call = Call(self, s, parent, ancestors)
+            for root, row in partings.get(s, ()):
+                rows = [row, *(int(index[row]) for index in ancestors)][: table.history]
+                call.partings.append(Parting(root, row, rows))
+            self.calls.append(call)
+
+
+def first_call(table: CoefficientTable) -> int:
+    """The first table row that runs: those before the step that it begins at are zero."""
+    return int(table.rows.any(axis=1).argmax())
+
+
+def _parent(plan: ResolvedPlan, s: int) -> np.ndarray:
+    """int64 [R_{s+1}]: the node of call s that each row after it comes from."""
+    return plan.labels(s) if s == plan.num_calls - 1 else plan.parent(s)
+
+
+def _partings(plan: SharingPlan, resolved: ResolvedPlan, boundaries: list[bool]) -> dict[int, list[tuple[int, int]]]:
+    """Call → (root, output row of its first leaf) of every root that parts after it, having run as one row."""
+    numbers, partings = {root.members: number for number, root in enumerate(plan.roots)}, {}
+    for _, end, node in plan.intervals(resolved.num_calls, boundaries):
+        if node.members in numbers and len(node.members) > 1 and end < resolved.num_calls:
+            row = int(resolved.labels(end)[node.members[0]])
+            partings.setdefault(end - 1, []).append((numbers[node.members], row))
+    return partings

@@ -1,0 +1,219 @@
+"""Rows of a denoiser call: how the rows of a group's members become one, and how its result goes back to all of them.
+
+The way for each argument is data, `sage.families.RULES`; this module walks arguments and applies it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from sage.families import MASKS, ROW_LISTS, ROWS_SECOND
+from sage.plan import ResolvedPlan
+from sage_kernels import group_mean
+
+
+class Rows:
+    """The partition of B leaves at one denoiser call, ready to reduce and expand what has k·B rows.
+
+    Args:
+        members: the nodes of the call, each a tuple of leaf indices.
+        representatives: [R] the leaf whose latents and noise each node uses.
+        num_leaves: B.
+    """
+
+    def __init__(self, members: tuple[tuple[int, ...], ...], representatives: np.ndarray, num_leaves: int):
+        self.num_leaves, self.num_nodes, self.members = num_leaves, len(members), members
+        self.trivial = self.num_nodes == num_leaves
+        labels = np.empty(num_leaves, dtype=np.int64)
+        for node, leaves in enumerate(members):
+            labels[list(leaves)] = node
+        self.labels = torch.from_numpy(labels)  # [B] node of each leaf
+        self.representatives = torch.from_numpy(np.array(representatives, dtype=np.int64))  # [R]
+        self.representative_of = self.representatives[self.labels]  # [B]
+        self._leaves = np.concatenate([np.asarray(leaves) for leaves in members])  # [B] leaves, node after node
+        self._bounds = np.cumsum([0, *map(len, members)])  # [R + 1] where each node's leaves begin
+        self._segments: dict[tuple[int, torch.device], tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def reduce(self, value: Any, how: str, copies: int, mask: torch.Tensor | None = None) -> Any:
+        """k·B rows (a tensor [k·B, ...], or a list of k·B tensors) → k·R rows, as the rule `how` says."""
+        if isinstance(value, (list, tuple)):
+            return type(value)(self._reduce_list(value, how, copies))
+        if how in ("representative", "alike"):
+            return self.representative(value, copies)
+        if how == "union":
+            return self.union(value, copies)
+        if how == "masked mean" and mask is not None and mask.ndim == 2 and mask.shape[1] >= value.shape[1]:
+            return self.masked_mean(value, mask[:, : value.shape[1]], copies)  # Chroma's goes on over the image tokens
+        return self.mean(value, copies)
+
+    def _index(self, index: torch.Tensor, copies: int, stride: int, device: torch.device) -> torch.Tensor:
+        """`index` once per guidance copy, each copy `stride` rows further on."""
+        return torch.cat([index + c * stride for c in range(copies)]).to(device)
+
+    def representative(self, x: torch.Tensor, copies: int) -> torch.Tensor:
+        """[k·B, ...] → [k·R, ...]: the representative's row."""
+        return x.index_select(0, self._index(self.representatives, copies, self.num_leaves, x.device))
+
+    def alike(self, x: torch.Tensor, copies: int) -> tuple[int, int] | None:
+        """Two members of one node whose rows of `x` [k·B, ...] differ; None if all are equal."""
+        index = self._index(self.representative_of, copies, self.num_leaves, x.device)
+        same = (x.index_select(0, index) == x).flatten(1).all(1) if x.ndim > 1 else x.index_select(0, index) == x
+        if bool(same.all()):
+            return None
+        leaf = int((~same).nonzero()[0]) % self.num_leaves
+        return leaf, int(self.representative_of[leaf])
+
+    def _groups(self, copies: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """`indptr` and `members` of `sage_kernels.group_mean`, once per guidance copy."""
+        if (copies, device) not in self._segments:
+            leaves = [self._leaves + c * self.num_leaves for c in range(copies)]
+            bounds = [self._bounds[1:] + c * self.num_leaves for c in range(copies)]
+            segments = np.concatenate([[0], *bounds]), np.concatenate(leaves)
+            self._segments[copies, device] = tuple(torch.from_numpy(s.astype(np.int32)).to(device) for s in segments)
+        return self._segments[copies, device]
+
+    def mean(self, x: torch.Tensor, copies: int) -> torch.Tensor:
+        """[k·B, ...] → [k·R, ...]: the members' mean, summed in float64 so that equal rows give exactly that row."""
+        return group_mean(x, *self._groups(copies, x.device)).rows
+
+    def masked_mean(self, x: torch.Tensor, mask: torch.Tensor, copies: int) -> torch.Tensor:
+        """[k·B, L, ...] → [k·R, L, ...]: at each token the mean of the members whose mask [k·B, L] is on there.
+
+        Where no member's mask is on, the token counts for nobody and the plain mean stands.
+        """
+        on = (mask != 0).double().view(*mask.shape, *[1] * (x.ndim - 2))
+        share = group_mean(on, *self._groups(copies, x.device)).rows  # [k·R, L, ...] of the members
+        total = group_mean(x.double() * on, *self._groups(copies, x.device)).rows
+        return torch.where(share > 0, (total / share).to(x.dtype), self.mean(x, copies))
+
+    def union(self, x: torch.Tensor, copies: int) -> torch.Tensor:
+        """[k·B, ...] → [k·R, ...]: the members' element-wise maximum (a token that counts for one counts for the node)."""
+        nothing = x.new_empty(len(x), 0, dtype=torch.float32)  # rows of no elements: only the masks are united
+        return group_mean(nothing, *self._groups(copies, x.device), mask=x).mask
+
+    def _reduce_list(self, rows: Sequence[torch.Tensor], how: str, copies: int) -> list[torch.Tensor]:
+        """A list of k·B tensors → k·R. They may differ in length: a mean goes over the members that reach so far."""
+        if how in ("representative", "alike"):
+            return [rows[i] for i in self._index(self.representatives, copies, self.num_leaves, torch.device("cpu"))]
+        shifted = ([leaf + c * self.num_leaves for leaf in leaves] for c in range(copies) for leaves in self.members)
+        return [_ragged_mean([rows[i] for i in members]) for members in shifted]
+
+    def expand(self, x: Any, copies: int) -> Any:
+        """k·R rows → k·B: every leaf gets its node's row."""
+        if isinstance(x, (list, tuple)):
+            return type(x)(x[i] for i in self._index(self.labels, copies, self.num_nodes, torch.device("cpu")))
+        return x.index_select(0, self._index(self.labels, copies, self.num_nodes, x.device))
+
+
+def _ragged_mean(rows: list[torch.Tensor]) -> torch.Tensor:
+    """Tensors [L_i, ...] → [max L_i, ...]: at each position the mean of those that have it."""
+    if len(rows) == 1:
+        return rows[0]
+    longest = max(rows, key=len)
+    total, count = torch.zeros_like(longest, dtype=torch.float64), torch.zeros(len(longest), dtype=torch.float64)
+    for row in rows:
+        total[: len(row)] += row
+        count[: len(row)] += 1
+    return (total / count.to(total.device).view(-1, *[1] * (total.ndim - 1))).to(longest.dtype)
+
+
+class PlanRows:
+    """The `Rows` of every call of a resolved plan; calls with the same partition get the same object."""
+
+    def __init__(self, plan: ResolvedPlan):
+        self.plan = plan
+        self._rows: dict[int, Rows] = {}
+
+    def at(self, call: int) -> Rows:
+        """The partition at a call; calls after the last have the last one's."""
+        call = min(call, self.plan.num_calls - 1)
+        members = self.plan.members[call]  # one tuple object per partition
+        if id(members) not in self._rows:
+            self._rows[id(members)] = Rows(members, self.plan.representatives(call), self.plan.num_leaves)
+        return self._rows[id(members)]
+
+
+def map_rows(given: Mapping[str, Any], batch: int, rules: Mapping[str, str], apply: Callable[..., Any]) -> dict[str, Any]:
+    """Apply `apply(name, value, how, mask)` to everything in a denoiser's arguments that has one row per latent.
+
+    Containers are walked: the entries of a mapping go by their own names, the items of a list by the list's. The lists
+    named in `ROW_LISTS` are rows themselves.
+
+    Args:
+        given: argument name → value.
+        batch: k·B, the rows that a batch-shaped value has.
+
+    Raises:
+        ValueError: an argument without a rule has `batch` rows, or one with a rule has another number of rows.
+    """
+    return {name: _map(name, value, given, batch, rules, apply) for name, value in given.items()}
+
+
+def _map(name: str, value: Any, siblings: Mapping[str, Any], batch: int, rules, apply) -> Any:
+    how = rules.get(name)
+    if how == "never batched" or value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if how == "refused":
+        raise ValueError(f"the denoiser's argument {name!r} carries state from call to call that sage cannot share: call without it")
+    if isinstance(value, Mapping):
+        return {key: _map(key if isinstance(key, str) else name, value[key], value, batch, rules, apply) for key in value}
+    if isinstance(value, (list, tuple)) and name not in ROW_LISTS:
+        return type(value)(_map(name, item, siblings, batch, rules, apply) for item in value)
+    if not isinstance(value, (list, tuple)) and (not torch.is_tensor(value) or value.ndim == 0):
+        return value
+    if name in ROWS_SECOND:
+        return _map_rows_second(name, value, batch, rules, apply)
+    rows = len(value)
+    if how is None:
+        if rows != batch:
+            return value
+        raise ValueError(
+            f"the denoiser's argument {name!r} has {batch} rows, one per latent, and no rule says how the rows of a group "
+            f'become one; pass rules={{{name!r}: "mean"}} (or "masked mean", "union", "alike", "representative", "never batched") '
+            "to sage.enable"
+        )
+    if (rows == 1 and batch > 1) or (name in ROW_LISTS and rows != batch and not torch.is_tensor(value[0])):
+        return value  # one row for everybody, or sizes that are not the rows': the denoiser knows what to make of them
+    if rows != batch:
+        raise ValueError(
+            f"the denoiser's argument {name!r} must have {batch} rows, one per latent, to be reduced by \"{how}\", got "
+            f"{'shape ' + str(tuple(value.shape)) if torch.is_tensor(value) else str(rows) + ' rows'}; pass "
+            f'rules={{{name!r}: "never batched"}} to sage.enable if its rows are not the batch\'s'
+        )
+    return apply(name, value, how, _mask_of(name, siblings) if how == "masked mean" else None)
+
+
+def _map_rows_second(name: str, value: torch.Tensor, batch: int, rules, apply) -> torch.Tensor:
+    """`_map` of a tensor [layers, k·B, ...]."""
+    if value.shape[1] != batch:
+        raise ValueError(f"the denoiser's argument {name!r} must be [layers, {batch}, ...], got {tuple(value.shape)}")
+    return apply(name, value.transpose(0, 1).contiguous(), rules[name], None).transpose(0, 1)
+
+
+def _mask_of(name: str, siblings: Mapping[str, Any]) -> torch.Tensor | None:
+    """The token mask [k·B, L] that goes with an embedding, by name."""
+    found = (siblings.get(mask) for mask in (*MASKS.get(name, ()), f"{name}_mask"))
+    return next((mask for mask in found if torch.is_tensor(mask)), None)
+
+
+def map_outputs(outputs: Sequence[Any], apply: Callable[[Sequence[Any]], Any], row_lists: bool = False) -> Any:
+    """Apply `apply` to the corresponding values of several denoiser outputs (tensors, tuples, lists, diffusers outputs).
+
+    Args:
+        row_lists: the denoiser takes and gives a list of rows: a list of tensors is one value, not a container.
+    """
+    first = outputs[0]
+    if torch.is_tensor(first):
+        return apply(outputs) if first.ndim else first
+    if isinstance(first, Mapping):
+        mapped = {key: map_outputs([o[key] for o in outputs], apply, row_lists) for key in first}
+        return mapped if type(first) is dict else type(first)(**mapped)  # plain, as Z-Image's ControlNet gives, or an output class
+    if isinstance(first, list) and row_lists:
+        return apply(outputs)
+    if isinstance(first, (list, tuple)):
+        return type(first)(map_outputs(items, apply, row_lists) for items in zip(*outputs))
+    return first
