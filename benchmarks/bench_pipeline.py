@@ -1,160 +1,107 @@
-"""What sharing saves on the clock, and what it costs in the pictures, beside its trivial rival: fewer steps.
+"""What sharing saves on the clock.
 
-    python benchmarks/bench_pipeline.py --out benchmarks/results/cpu_pipeline.json
+    python benchmarks/bench_pipeline.py --out benchmarks/results/cpu_pipeline.json        the embedded model, on the CPU
+    python benchmarks/bench_pipeline.py --models sdxl flux --device cuda --out gpu.json   models at their real sizes, on a GPU
+    python benchmarks/bench_pipeline.py --models sd15 flux --quick                        the same in miniature: a look at it
 
-On the embedded model, every method makes one picture of each prompt with the same seeds. Timed is the denoising loop alone,
-from the first denoiser call to the last step, in turn with the other methods within one run. Quality is the scorer's:
-`identification`, the share of pictures nearer to their own caption than to the others of their group, and `cosine`, picture to
-caption.
+embedded   The model that ships, clock and quality: every method draws one picture of each prompt with the same seeds, beside stock
+           calls with as many denoiser rows, by fewer steps. Sharing groups the prompts by likeness.
+
+sd15 sdxl sd3 flux wan
+           Their sizes with random weights, made here and not downloaded: times, rows and memory only, the pictures mean nothing.
+           First the stock loop looks for the fewest pictures per call that fill the device. Then all pictures are grouped, in groups
+           of 4 and of 8, and every method draws them in turn: the stock loop, sharing inside the pipeline's own loop (the hook) for
+           20, 40 and 60 % of the calls and as a tree, the native loop, CUDA graphs, torch.compile, and First Block Cache. No call
+           of the denoiser has more rows than the stock loop's, so that seconds should fall as the denoiser rows do: the last column
+           says whether a row costs at most 1.05 of what a row of the stock loop does.
+
+A model and size ends when its --seconds are used up; methods that were not reached, or cannot run here, are listed with the reason.
+The JSON is written after every model and size: with --resume, a call that was cut off goes on behind the last that was finished.
 """
 
 import argparse
-import time
-from dataclasses import dataclass
+import sys
 from pathlib import Path
 
-import numpy as np
+import pipeline_embedded
+import pipeline_random
 import torch
-from harness import environment, spread, write_json
+from harness import write_json
+from pipeline_models import MODELS
 from readme_tables import markdown_table
-from tqdm import tqdm
-
-import sage
-from sage.emoji import load_pipeline, load_scorer
-from sage.generation import leaf_seed
 
 ROOT = Path(__file__).resolve().parent.parent
+SIZES = list(dict.fromkeys(size for model in MODELS.values() for size in model.sizes))
+KINDS = ("shared", "tree", "native", "graphs", "compiled", "cached")
 
 
-@dataclass
-class Method:
-    """One way to make the pictures: `plan` is None for the stock pipeline."""
-
-    name: str
-    steps: int
-    plan: sage.SharingPlan | None
-    nfe: int
-
-
-class Clock:
-    """Seconds from the first denoiser call to the last scheduler step of a pipeline call."""
-
-    def __init__(self, pipe):
-        self.first = self.last = None
-        pipe.unet.register_forward_pre_hook(self._before)
-
-    def _before(self, *args):
-        self.first = self.first or time.perf_counter()
-
-    def after_step(self, pipe, step, timestep, tensors):
-        self.last = time.perf_counter()
-        return tensors
-
-
-def methods(leaves, plan_of, steps: int, shares: list[float]) -> list[Method]:
-    """Stock; enabled without sharing; every share; and stock at the rows of each share, by fewer steps."""
-    independent = sage.SharingPlan.independent(leaves)
-    found = [Method("stock", steps, None, len(leaves) * steps), Method("enabled, share 0", steps, independent, len(leaves) * steps)]
-    for share in shares:
-        plan = plan_of(share)
-        nfe = plan.cost(steps).nfe
-        fewer = max(1, round(nfe / len(leaves)))
-        found.append(Method(f"share {share:g}", steps, plan, nfe))
-        found.append(Method(f"{fewer} steps instead of share {share:g}", fewer, None, len(leaves) * fewer))
-    return found
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = ["embedded", *MODELS]
+    made.add_argument("--models", nargs="+", choices=names, default=["embedded"], metavar="NAME", help=f"{' '.join(names)} (default: embedded)")
+    made.add_argument("--steps", type=int, default=None, help="denoiser calls of the unshortened methods (default: 20; other models: 10)")
+    made.add_argument("--shares", type=float, nargs="+", default=None, metavar="SHARE",
+                      help="fractions of the calls that groups share (default: 0.4; other models: 0.2 0.4 0.6)")
+    made.add_argument("--repeats", type=int, default=5, help="timed runs of each method, in turn (default: 5)")
+    made.add_argument("--threads", type=int, default=None, help="torch threads (default: torch's choice)")
+    made.add_argument("--out", default=None, help="JSON to write")
+    made.add_argument("--quick", action="store_true", help="everything small: seconds on a CPU")
+    own = made.add_argument_group("embedded")
+    own.add_argument("--prompts", default=str(ROOT / "examples" / "prompts.txt"), help="text file, a prompt per line")
+    own.add_argument("--guidance-scale", type=float, default=2.5)
+    own.add_argument("--solver", default=None, help="a name of sage.solvers.SOLVERS (default: the model's own)")
+    other = made.add_argument_group("the other models")
+    other.add_argument("--sizes", nargs="+", choices=SIZES, metavar="SIZE", help=f"{' '.join(SIZES)} (default: all that a model has)")
+    other.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: cuda if there is a GPU")
+    other.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], help="default: bfloat16 on a GPU, else float32")
+    other.add_argument("--max-rows", type=int, help="rows of a denoiser call, guidance copies counted (default: found by trying)")
+    other.add_argument("--groups", type=int, nargs="+", default=[4, 8], metavar="N", help="pictures in a group (default: 4 8)")
+    other.add_argument("--only", nargs="+", choices=KINDS, metavar="KIND", help=f"beside stock: {' '.join(KINDS)} (default: all)")
+    other.add_argument("--seconds", type=float, default=200.0, help="about how long the rounds of a model and size may take (default: 200)")
+    other.add_argument("--compile", choices=["whole", "blocks"], default="whole",
+                       help="what is compiled: the denoiser (default), or its repeated blocks, which takes less long")
+    other.add_argument("--backend", default="inductor", help="of torch.compile (default: inductor; with --quick: eager, and blocks only)")
+    other.add_argument("--cache-threshold", type=float, default=0.1, help="of First Block Cache (default: 0.1)")
+    other.add_argument("--resume", action="store_true", help="measure only what --out does not hold of this device, program and settings")
+    return made  # fmt: skip
 
 
-def draw(pipe, clock: Clock, method: Method, leaves, guidance: float, output_type: str = "latent"):
-    """One call of the pipeline; returns (seconds of denoising, images)."""
-    generators = [torch.Generator().manual_seed(leaf_seed(0, leaf.prompt, leaf.image_index)) for leaf in leaves]
-    options = dict(num_inference_steps=method.steps, guidance_scale=guidance, output_type=output_type)
-    clock.first = None
-    if method.plan is not None:
-        sage.enable(pipe, method.plan)
-    try:
-        prompts = [leaf.prompt for leaf in leaves]
-        out = pipe(prompts, generator=generators, callback_on_step_end=clock.after_step, **options)
-    finally:
-        sage.disable(pipe)
-    return clock.last - clock.first, out.images
-
-
-def quality(scorer, images: np.ndarray, prompts: list[str], groups: list[list[int]]) -> dict[str, float]:
-    """Within-group identification (groups of more than one) and mean cosine of [N, H, W, 3] images in [0, 1]."""
-    pictures = scorer.embed_images(torch.from_numpy(np.asarray(images)).permute(0, 3, 1, 2) * 2 - 1)
-    texts = scorer.embed_texts(prompts)
-    right = [int((texts[group] @ pictures[i]).argmax()) == group.index(i) for group in groups for i in group]
-    return {"identification": sum(right) / len(right), "cosine": float((pictures * texts).sum(1).mean()), "grouped": len(right)}
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompts", default=str(ROOT / "examples" / "prompts.txt"), help="text file, a prompt per line")
-    parser.add_argument("--steps", type=int, default=20, help="denoiser calls of the unshortened methods")
-    parser.add_argument("--shares", type=float, nargs="+", default=[0.4], help="fractions of the calls that groups share")
-    parser.add_argument("--guidance-scale", type=float, default=2.5)
-    parser.add_argument("--solver", default=None, help="a name of sage.solvers.SOLVERS (default: the model's own)")
-    parser.add_argument("--repeats", type=int, default=5, help="timed runs of each method, in turn")
-    parser.add_argument("--threads", type=int, default=None, help="torch threads (default: torch's choice)")
-    parser.add_argument("--out", default=None, help="JSON to write")
-    parser.add_argument("--quick", action="store_true", help="one repeat, 4 steps, 12 prompts")
-    args = parser.parse_args()
+def parse(words: list[str] | None = None) -> argparse.Namespace:
+    made = parser()
+    args = made.parse_args(words)
+    args.embedded = args.models == ["embedded"]
+    if not args.embedded and "embedded" in args.models:
+        made.error("embedded goes alone: its JSON has other keys")
+    if args.max_rows is not None and args.max_rows < 2:
+        made.error("--max-rows must be at least 2, a picture with its guidance copy")
+    args.shares = args.shares or ([0.4] if args.embedded else [0.2, 0.4, 0.6])
+    args.steps = args.steps or (20 if args.embedded else 10)
+    args.dtype = args.dtype or ("bfloat16" if torch.device(args.device).type == "cuda" else "float32")
     if args.quick:
-        args.repeats, args.steps = 1, 4
+        args.repeats, args.steps, args.backend, args.compile = 1, 4 if args.embedded else 5, "eager", "blocks"
+        args.sizes = None  # miniatures have their own
+    return args
+
+
+def main(words: list[str] | None = None) -> int:
+    args = parse(words)
     if args.threads:
         torch.set_num_threads(args.threads)
-    prompts = [line.strip() for line in Path(args.prompts).read_text(encoding="utf-8").splitlines() if line.strip()]
-    result = run(args, prompts[:12] if args.quick else prompts)
-    print(markdown_table(**result["table"]))
+    if args.embedded:
+        prompts = [line.strip() for line in Path(args.prompts).read_text(encoding="utf-8").splitlines() if line.strip()]
+        result = pipeline_embedded.run(args, prompts[:12] if args.quick else prompts)
+    else:
+        result = pipeline_random.run(args)
+    if result["table"]["rows"]:
+        print(markdown_table(**result["table"]))
     if args.out:
         write_json(args.out, result)
-
-
-def run(args, prompts: list[str]) -> dict:
-    pipe, scorer = load_pipeline(), load_scorer()
-    pipe.set_progress_bar_config(disable=True)
-    if args.solver:
-        pipe.scheduler = sage.SageScheduler.from_config(pipe.scheduler.config, solver=args.solver)
-    clock, embeddings = Clock(pipe), sage.embed_prompts(prompts)
-    plan = sage.plan_prompts(prompts, embeddings, share=0.4)
-    groups = [list(root.members) for root in plan.roots if len(root.members) > 1]
-    todo = methods(plan.leaves, lambda share: sage.plan_prompts(prompts, embeddings, share=share), args.steps, args.shares)
-    seconds: dict[str, list[float]] = {method.name: [] for method in todo}
-    rows = []
-    for method in tqdm(todo, desc="pictures and warm-up"):
-        _, images = draw(pipe, clock, method, plan.leaves, args.guidance_scale, output_type="np")
-        rows.append({"method": method.name, "steps": method.steps, "nfe": method.nfe, **quality(scorer, images, prompts, groups)})
-    for _ in tqdm(range(args.repeats), desc="timed rounds"):
-        for method in todo:
-            seconds[method.name].append(draw(pipe, clock, method, plan.leaves, args.guidance_scale)[0])
-    stock = np.array(seconds["stock"])
-    for row in rows:
-        own = np.array(seconds[row["method"]])
-        promised = 1 - row["nfe"] / rows[0]["nfe"]
-        row["seconds"] = spread(own.tolist())
-        row["time_ratio"] = float(np.median(own / stock))  # pair by pair, within a round
-        row["nfe_saved"], row["time_saved"] = promised, 1 - row["time_ratio"]
-        row["kept_promise"] = row["time_saved"] / promised if promised > 0 else None
-        row["raw_seconds"] = own.tolist()
-    return {
-        "environment": environment(),
-        "settings": {key: value for key, value in vars(args).items() if key not in ("out", "prompts")}
-        | {"prompts": len(prompts), "groups": len(groups), "grouped": sum(map(len, groups)), "encoder": embeddings.encoder},
-        "rows": rows,
-        "table": table(rows),
-    }
-
-
-def table(rows: list[dict]) -> dict:
-    """The table of the README: see benchmarks/readme_tables.py."""
-    keys = ("method", "nfe", "nfe_saved", "time_saved", "kept_promise", "identification", "cosine")
-    columns = ("method", "denoiser rows", "rows saved", "time saved", "time / rows", "identification", "cosine")
-    return {
-        "columns": list(columns),
-        "rows": [[row[key] for key in keys] for row in rows],
-        "formats": [None, ",d", ".1%", ".1%", ".2f", ".3f", ".3f"],
-    }
+    if args.embedded:
+        return 0
+    broken = pipeline_random.failed(result)
+    print(*pipeline_random.skipped(result), *broken, pipeline_random.NOTE, sep="\n")
+    return int(bool(broken))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

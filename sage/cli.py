@@ -137,8 +137,9 @@ def plan(debug, prompts, steps, as_json, out, plot, show_all, model, device, dty
 @click.option("--seed", default=0, show_default=True, help="Base seed; each picture's own comes from it and its prompt.")
 @click.option("--guidance-scale", type=float, help="Classifier-free guidance. Default: the model's own.")
 @click.option("--negative-prompt", help="For every prompt that brings none of its own.")
-@click.option("--batch-size", default=32, show_default=True, help="Pictures per pipeline call; groups stay together.")
-@click.option("--max-rows", type=int, help="Most denoiser rows at once (guidance counts twice), when memory is short.")
+@click.option("--max-rows", default=64, show_default=True, help="Most denoiser rows at once (guidance counts twice).")
+@click.option("--engine", default="auto", show_default=True, type=click.Choice(["auto", "native", "hook"]),
+              help="native: the package's own loop, for pipelines it knows; hook: the pipeline's loop.")
 @click.option("--compare", is_flag=True, help="Make every picture without sharing too, and put both side by side.")
 @click.option("--overwrite", is_flag=True, help="Replace what an earlier run left in the output folder.")
 @click.option("--resume", is_flag=True, help="Complete a run that was stopped; prompts and options must be the same.")

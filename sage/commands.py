@@ -32,8 +32,8 @@ class Request:
     seed: int = 0
     guidance_scale: float | None = None
     negative_prompt: str | None = None
-    batch_size: int = 32
-    max_rows: int | None = None
+    max_rows: int = 64
+    engine: str = "auto"
     device: str | None = None
     dtype: str | None = None
     compare: bool = False
@@ -43,7 +43,7 @@ class Request:
     def check(self) -> None:
         """Refuse what is out of range or unknown, before anything is loaded."""
         self.grouping.check()
-        for option in ("steps", "batch_size", "max_rows"):
+        for option in ("steps", "max_rows"):
             value = getattr(self, option)
             if value is not None and value < 1:
                 raise InputError(f"--{option.replace('_', '-')} must be at least 1, got {value}.")
@@ -116,7 +116,7 @@ class Generation:
 
     def _make_plan(self, resumed: bool):
         """The plan with a seed on every leaf, and the cosines to each trunk (None for a plan that was passed in)."""
-        from sage.generation import seeded
+        from sage.seeds import seeded
 
         if self.fixed_plan is not None:
             plan, cosines = self.fixed_plan, None
@@ -156,10 +156,15 @@ class Generation:
 
     def _one_call_per_step(self) -> bool:
         """Whether the denoiser calls are as many as the steps: not with two stages a step, nor with PNDM's extra ones."""
-        if self.request.solver is not None:
-            return self.request.solver != "heun"
-        scheduler = self.pipe.scheduler
-        return getattr(scheduler, "order", 1) == 1 and type(scheduler).__name__ != "PNDMScheduler"
+        import diffusers
+
+        from sage.solvers import SOLVERS
+
+        if self.request.solver is None:
+            cls = type(self.pipe.scheduler)
+        else:
+            cls = getattr(diffusers, SOLVERS[self.request.solver][0])
+        return getattr(cls, "order", 1) == 1 and cls.__name__ != "PNDMScheduler"
 
     def _warm_up(self) -> None:
         """Two steps of one picture that nobody sees, so that neither clock pays for what only the first call costs."""
@@ -168,7 +173,7 @@ class Generation:
         with self._timed("warming up"):
             plan = SharingPlan.independent(self.plan.leaves[:1])
             generate(self.pipe, [plan.leaves[0].prompt], plan=plan, num_inference_steps=2, solver=self.request.solver,
-                     guidance_scale=self.settings["guidance_scale"], progress=False)  # fmt: skip
+                     engine=self.request.engine, guidance_scale=self.settings["guidance_scale"], progress=False)  # fmt: skip
 
     def _sample(self, folder: str, plan: SharingPlan, resumed: bool, former: dict | None) -> dict:
         """Make and write the pictures of a plan that are not there yet.
@@ -198,8 +203,8 @@ class Generation:
                 num_inference_steps=self.settings["steps"],
                 guidance_scale=self.settings["guidance_scale"],
                 solver=self.request.solver,
-                batch_size=self.request.batch_size,
                 max_rows=self.request.max_rows,
+                engine=self.request.engine,
                 progress=self.progress,
                 on_images=lambda indices, images, records: self._write(series, plan, originals, indices, images, records),
             )

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import inspect
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -15,13 +14,22 @@ import torch
 from diffusers import DiffusionPipeline
 from tqdm.auto import tqdm
 
+from sage import native
+from sage.caches import has_cache
 from sage.embed import embed_prompts
 from sage.grouping import plan_prompts
-from sage.plan import ResolvedPlan, SharingPlan
+from sage.packing import next_pack
+from sage.plan import Leaf, ResolvedPlan, SharingPlan
 from sage.plan_checks import integer, texts
 from sage.scheduler import SageScheduler
-from sage.sharing import check_options, disable, enable, mismatch
+from sage.seeds import seeded
+from sage.request import mismatch
+from sage.sharing import check_options, disable, enable
 from sage.solvers import solver_name
+from sage.trunk import Trunk
+
+
+ENGINES = ("auto", "native", "hook")
 
 
 @dataclass
@@ -36,14 +44,18 @@ class GenerationResult:
             call from which it ran alone), `num_calls`, `similarity_to_trunk` (cosine; None for a plan that was passed in).
         plan: the `SharingPlan` that was followed.
         stats: `nfe`, `nfe_independent`, `saving`, `guidance_copies`, `rows` (per denoiser call, over all packs), `boundaries`
-            (per call, whether a group might part after it; None: after any), `packs`,
-            `denoise_seconds`, `seconds`, `images_per_second`, `solver`, `solver_path`, `encoder`.
+            (per call, whether a group might part after it; None: after any), `packs`, `launches`, `max_rows` (at the end),
+            `denoise_seconds`, `seconds`, `images_per_second`, `solver`, `solver_path`, `encoder`, `engine` ("native" or "hook"),
+            `engine_reason` (why not native).
+        trunks: with `keep_trunks`, index into `plan.roots` → the group's `sage.Trunk`, on the CPU; groups that shared nothing
+            or never parted have none.
     """
 
     images: list
     records: list[dict[str, Any]]
     plan: SharingPlan
     stats: dict[str, Any]
+    trunks: dict[int, Trunk] = field(default_factory=dict)
 
 
 def generate(
@@ -62,8 +74,10 @@ def generate(
     guidance_scale: float | None = None,
     solver: str | None = None,
     encoder: str = "auto",
-    batch_size: int = 32,
-    max_rows: int | None = None,
+    max_rows: int | None = 64,
+    engine: str = "auto",
+    keep_trunks: bool = False,
+    trunk: Trunk | None = None,
     progress: bool = True,
     on_images: Callable[[list[int], list, list[dict[str, Any]]], None] | None = None,
     **pipe_kwargs,
@@ -85,9 +99,17 @@ def generate(
         num_inference_steps, guidance_scale: None: the pipeline's own defaults.
         solver: a name from `sage.solvers.SOLVERS`; None keeps the pipeline's scheduler.
         encoder: what embeds the prompts for grouping, see `sage.enable`.
-        batch_size: pictures per pipeline call; whole groups are packed into calls of at most this many (a larger group gets
-            a call of its own).
-        max_rows: the most denoiser rows at once (guidance copies counted), see `sage.enable`.
+        max_rows: the most denoiser rows at once (guidance copies counted); memory follows it, not the number of prompts. As
+            many groups go into one pipeline call as fill it while they are one row each; once they have parted they go through
+            the denoiser in pieces (with a cache on, in calls of fewer pictures). Halved, with a warning, when memory runs out.
+            None: everything at once.
+        engine: "native": `sage.sample` in place of the pipeline's loop, for the pipelines and options of `sage.native`; "hook": the
+            pipeline's own loop inside `sage.enable`, for all others; "auto": native where it goes. Both give the same pictures;
+            which one ran, and why, is in the stats.
+        keep_trunks: keep the state of every group where it parts, in the result's `trunks`. Native loop only.
+        trunk: every picture joins this trunk instead of beginning with noise of its own: the calls before are not run, and
+            `plan` (default: each picture alone) is followed in those that remain. Native loop only; the pipeline, solver,
+            number of steps and size must be those that it was made with.
         progress: show a progress bar over denoiser rows.
         on_images: called after each pack with (indices, images, records), indices in the order asked for.
         pipe_kwargs: anything else the pipeline's call takes.
@@ -97,14 +119,24 @@ def generate(
 
     Raises:
         ValueError, TypeError: an argument is out of range or does not fit the others. Raised before any denoiser call.
+        sage.native.NotNative: `engine` is "native" or trunks are asked for, and the native loop does not cover the call.
     """
     if not isinstance(pipe, DiffusionPipeline):
         raise TypeError(f"pipe must be a diffusers pipeline, got {type(pipe).__name__}")
+    if engine not in ENGINES:
+        raise ValueError(f"engine must be one of {', '.join(map(repr, ENGINES))}, got {engine!r}")
+    if engine == "hook" and (keep_trunks or trunk is not None):
+        name = "keep_trunks" if keep_trunks else "trunk"
+        raise ValueError(f'{name} needs the native loop, got engine="hook"; use engine="auto" or "native"')
+    if trunk is not None and not isinstance(trunk, Trunk):
+        raise TypeError(f"trunk must be a sage.Trunk, got {type(trunk).__name__}; sage.Trunk.load(path) reads one from a file")
     start = time.perf_counter()
     prompts = texts(prompts, "prompts")
     _check_pipe_kwargs(pipe, pipe_kwargs)
-    negatives = _check_prompts(prompts, images_per_prompt, seeds, negative_prompt, batch_size)
+    negatives = _check_prompts(prompts, images_per_prompt, seeds, negative_prompt)
     embeddings = None
+    if plan is None and trunk is not None:
+        plan = SharingPlan.independent([Leaf(prompt, k) for prompt in prompts for k in range(images_per_prompt)])
     if plan is None:
         check_options(share, similarity, max_group_size, max_rows)
         grouping = dict(share=share, similarity=similarity, max_group_size=max_group_size, images_per_prompt=images_per_prompt)
@@ -122,45 +154,30 @@ def generate(
     images: list = [None] * len(plan.leaves)
     records: list = [None] * len(plan.leaves)
     stats: list[dict] = []
+    trunks: dict[int, Trunk] = {}
+    loop = _Loop(pipe, engine, call_kwargs, trunk, keep_trunks)
+    open_roots, copies = list(range(len(plan.roots))), 1 if (guidance_scale or 2) <= 1 else 2
     with _borrowed(pipe, solver), _Progress(plan, progress) as bar:
-        for roots in pack(plan, batch_size):
+        while open_roots:
+            most = len(plan.leaves) if max_rows is None else max(1, max_rows // copies)
+            roots = next_pack(plan, open_roots, most, pieces=not loop.whole)
+            open_roots = [root for root in open_roots if root not in set(roots)]
             part, indices = plan.subset(roots)
             part_negatives = None if negatives is None else [negatives[i] for i in indices]
-            made, sharing = _run_pack(pipe, part, part_negatives, max_rows, bar.on_call, call_kwargs)
-            stats.append(sharing.stats)
-            made_records = _records(plan, indices, similarities, negatives, sharing.resolved)
+            made, pack_stats, resolved, kept = loop(part, part_negatives, max_rows, bar.on_call)
+            stats.append(pack_stats)
+            trunks |= {sorted(roots)[root]: kept_trunk for root, kept_trunk in kept.items()}
+            copies = pack_stats["copies_per_launch"]
+            max_rows = max_rows if loop.whole else pack_stats["max_rows"]
+            made_records = _records(plan, indices, similarities, negatives, resolved, trunk)
             for index, image, record in zip(indices, made, made_records):
                 images[index], records[index] = image, record
             if on_images is not None:
                 on_images([int(i) for i in indices], list(made), made_records)
         solver = solver or solver_name(pipe.scheduler)
     summary = _summary(stats, time.perf_counter() - start, len(images), solver, plan.encoder)
-    return GenerationResult(images, records, plan, summary)
-
-
-def leaf_seed(base: int, prompt: str, image_index: int) -> int:
-    """A picture's seed from (base seed, prompt text, image index): 63 bits of BLAKE2b, the same on every machine."""
-    text = f"{base}\x00{image_index}\x00{prompt}".encode("utf-8", "surrogatepass")
-    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
-
-
-def seeded(plan: SharingPlan, base: int = 0, seeds: Sequence[int] | None = None, images: int = 1) -> SharingPlan:
-    """The plan with a seed on every leaf: the caller's, else the one that the plan brings, else `leaf_seed`.
-
-    Args:
-        base: base seed of the derived ones.
-        seeds: one per prompt; image k of a prompt gets its seed + k.
-        images: pictures of each prompt; leaf i belongs to prompt i // images.
-    """
-    leaves = []
-    for index, leaf in enumerate(plan.leaves):
-        seed = leaf.seed
-        if seeds is not None:
-            seed = seeds[index // images] + index % images
-        elif seed is None:
-            seed = leaf_seed(base, leaf.prompt, leaf.image_index)
-        leaves.append(replace(leaf, seed=seed))
-    return replace(plan, leaves=tuple(leaves))
+    summary |= {"engine": loop.engine, "engine_reason": loop.reason}
+    return GenerationResult(images, records, plan, summary, trunks)
 
 
 def trunk_similarities(plan: SharingPlan, vectors: np.ndarray, images: int = 1) -> np.ndarray:
@@ -172,26 +189,6 @@ def trunk_similarities(plan: SharingPlan, vectors: np.ndarray, images: int = 1) 
     trunks = np.array([plan.roots[root].representative for root in plan.root_of])
     prompt_of = np.arange(len(plan.leaves)) // images
     return (vectors[prompt_of] * vectors[prompt_of[trunks]]).sum(axis=1)
-
-
-def pack(plan: SharingPlan, batch_size: int) -> list[list[int]]:
-    """Pack a plan's roots into calls of at most `batch_size` leaves: in order, whole groups, first call that has room.
-
-    Returns:
-        Lists of root indices; a root with more leaves than `batch_size` is a call of its own.
-    """
-    packs: list[list[int]] = []
-    room: list[int] = []
-    for number, root in enumerate(plan.roots):
-        size = len(root.members)
-        place = next((i for i, free in enumerate(room) if free >= size), None)
-        if place is None:
-            packs.append([])
-            room.append(batch_size)
-            place = len(packs) - 1
-        packs[place].append(number)
-        room[place] -= size
-    return packs
 
 
 @contextlib.contextmanager
@@ -219,15 +216,46 @@ def _borrowed(pipe, solver: str | None):
             vae.disable_slicing()
 
 
-def _run_pack(pipe, plan: SharingPlan, negatives, max_rows, on_call, kwargs: dict):
-    """One pipeline call over the leaves of `plan`, each with a generator of its own."""
-    generators = [torch.Generator().manual_seed(leaf.seed) for leaf in plan.leaves]
-    if negatives is not None:
-        kwargs = {**kwargs, "negative_prompt": negatives}
-    with enable(pipe, plan, max_rows=max_rows) as sharing:
-        sharing.on_call = on_call
-        out = pipe([leaf.prompt for leaf in plan.leaves], generator=generators, **kwargs)
-    return out[0] if isinstance(out, tuple) else out.images, sharing
+class _Loop:
+    """Runs the leaves of one plan through the pipeline, each with a generator of its own, by the engine asked for.
+
+    Attributes:
+        whole: a denoiser has a cache, which needs all rows of a call in one piece.
+        engine: "native" or "hook", what runs.
+        reason: why "auto" chose the hook; "" if it did not.
+    """
+
+    def __init__(self, pipe, engine: str, kwargs: dict, trunk: Trunk | None, keep_trunks: bool):
+        self.pipe, self.kwargs, self.whole = pipe, kwargs, has_cache(pipe)
+        self.engine, self.reason = "hook" if engine == "hook" else "native", ""
+        self._trunk, self._keep_trunks = trunk, keep_trunks
+        self._falls_back = engine == "auto" and trunk is None and not keep_trunks
+
+    def __call__(self, plan: SharingPlan, negatives: list[str] | None, max_rows: int | None, on_call: Callable):
+        """Returns (images, stats, resolved plan, trunks by root)."""
+        prompts = [leaf.prompt for leaf in plan.leaves]
+        kept: dict[int, Trunk] = {}
+
+        def keep(root: int, trunk: Trunk) -> None:
+            kept[root] = replace(trunk.to("cpu"), record=trunk.record | {"pipeline": type(self.pipe).__name__})
+
+        options = dict(on_call=on_call, max_rows=max_rows, trunk=self._trunk, on_part=keep if self._keep_trunks else None)
+        if self.engine == "native":
+            try:
+                return *native.draw(self.pipe, plan, prompts, negatives, _generators(plan), **options, **self.kwargs), kept
+            except native.NotNative as error:  # raised before anything was drawn
+                if not self._falls_back:
+                    raise
+                self.engine, self.reason = "hook", str(error)
+        kwargs = self.kwargs if negatives is None else {**self.kwargs, "negative_prompt": negatives}
+        with enable(self.pipe, plan, max_rows=None if self.whole else max_rows) as sharing:
+            sharing.on_call = on_call
+            out = self.pipe(prompts, generator=_generators(plan), **kwargs)
+        return out[0] if isinstance(out, tuple) else out[next(iter(out))], sharing.stats, sharing.resolved, kept
+
+
+def _generators(plan: SharingPlan) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(leaf.seed) for leaf in plan.leaves]
 
 
 class _Progress:
@@ -273,10 +301,9 @@ def _check_pipe_kwargs(pipe, pipe_kwargs: dict) -> None:
         raise TypeError(f"{unknown[0]} is an argument neither of sage.generate nor of {type(pipe).__name__}'s call")
 
 
-def _check_prompts(prompts, images_per_prompt, seeds, negative_prompt, batch_size) -> list[str] | None:
+def _check_prompts(prompts, images_per_prompt, seeds, negative_prompt) -> list[str] | None:
     """Refuse bad arguments; returns one negative prompt per prompt, or None."""
     integer(images_per_prompt, "images_per_prompt", 1)
-    integer(batch_size, "batch_size", 1)
     if seeds is not None and len(seeds) != len(prompts):
         raise ValueError(f"seeds must hold one seed per prompt, {len(prompts)}, got {len(seeds)}")
     if negative_prompt is None or isinstance(negative_prompt, str):
@@ -286,20 +313,24 @@ def _check_prompts(prompts, images_per_prompt, seeds, negative_prompt, batch_siz
     return texts(negative_prompt, "negative_prompt")
 
 
-def _records(plan: SharingPlan, indices, similarities, negatives, resolved: ResolvedPlan) -> list[dict[str, Any]]:
+def _records(
+    plan: SharingPlan, indices, similarities, negatives, resolved: ResolvedPlan, joined: Trunk | None
+) -> list[dict[str, Any]]:
     """One record per picture of a pack; see `GenerationResult.records`.
 
     Args:
         indices: [B'] the pack's leaves in `plan`, in the order of `resolved`'s leaves.
         resolved: what the pipeline's call followed.
+        joined: the trunk that the pictures joined; the resolved plan then begins where it ends.
     """
     root_of = plan.root_of
-    records = []
+    records, before = [], 0 if joined is None else joined.call
     for row, index in enumerate(map(int, indices)):
         leaf, root = plan.leaves[index], plan.roots[root_of[index]]
         branch_call = resolved.branch_call(row)
         trunk = plan.leaves[root.representative] if branch_call > 0 else leaf  # nothing was shared: its own
         similar = None if similarities is None else float(similarities[index]) if branch_call > 0 else 1.0
+        trunk_seed, trunk_prompt = (trunk.seed, trunk.prompt) if joined is None else map(joined.record.get, ("seed", "prompt"))
         records.append(
             {
                 "index": index,
@@ -309,10 +340,10 @@ def _records(plan: SharingPlan, indices, similarities, negatives, resolved: Reso
                 "seed": leaf.seed,
                 "group": int(root_of[index]),
                 "group_size": len(root.members),
-                "trunk_seed": trunk.seed,
-                "trunk_prompt": trunk.prompt,
-                "branch_call": branch_call,
-                "num_calls": resolved.num_calls,
+                "trunk_seed": trunk_seed,
+                "trunk_prompt": trunk_prompt,
+                "branch_call": before + branch_call,
+                "num_calls": before + resolved.num_calls,
                 "similarity_to_trunk": similar,
             }
         )
@@ -331,6 +362,8 @@ def _summary(packs: list[dict], seconds: float, pictures: int, solver: str, enco
         "rows": [sum(p["rows"][s] for p in packs if s < len(p["rows"])) for s in range(calls)],
         "boundaries": packs[0]["boundaries"],
         "packs": len(packs),
+        "launches": sum(p["launches"] for p in packs),
+        "max_rows": packs[-1]["max_rows"],
         "denoise_seconds": sum(p["denoise_seconds"] for p in packs),
         "seconds": seconds,
         "images_per_second": pictures / seconds,

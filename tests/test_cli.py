@@ -142,7 +142,7 @@ def test_png_carries_prompt_seed_and_plan(run):
 
 def test_resume_completes_what_is_missing_with_equal_files(model, prompts, tmp_path):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    options = ("--batch-size", 2, "--seed", 5)
+    options = ("--max-rows", 4, "--seed", 5)
     assert generate(prompts, whole, model, *options).exit_code == 0
     assert generate(prompts, cut, model, *options).exit_code == 0
     files = sorted((cut / "images").iterdir())
@@ -182,13 +182,13 @@ def test_an_interrupted_run_keeps_what_is_finished(model, prompts, tmp_path, mon
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
         patch.setattr(PictureSeries, "add", add_once)
-        result = generate(prompts, out, model, "--batch-size", 2)
+        result = generate(prompts, out, model, "--max-rows", 4)
     assert result.exit_code == 1 and "No space left" in result.stderr and "--resume makes the rest" in result.stderr
     assert "Traceback" not in result.output
     finished = read_manifest(out / "manifest.jsonl")
     assert 1 <= len(finished) < 5 and len(pictures(out / "images")) == len(finished)
     assert json.loads((out / "report.json").read_text())["state"] == "running"
-    assert generate(prompts, out, model, "--batch-size", 2, "--resume").exit_code == 0
+    assert generate(prompts, out, model, "--max-rows", 4, "--resume").exit_code == 0
     assert len(pictures(out / "images")) == 5
 
 
@@ -282,7 +282,6 @@ def test_long_prompts_are_counted(model, tmp_path):
         (("--images-per-prompt", 0), "--images-per-prompt must be at least 1"),
         (("--steps", 0), "--steps must be at least 1"),
         (("--max-rows", 0), "--max-rows must be at least 1"),
-        (("--batch-size", 0), "--batch-size must be at least 1"),
         (("--seed", -3), "--seed: seed must be a whole number"),
         (("--guidance-scale", "nan"), "--guidance-scale must be a number"),
         (("--solver", "magic"), "known solvers: ddim, ddpm, euler"),

@@ -8,7 +8,9 @@ from tiny import PROMPTS, stable_diffusion
 import sage
 from sage import Leaf, SharingPlan
 from sage.embed import Embeddings
-from sage.generation import leaf_seed, pack
+from sage.native import NotNative
+from sage.packing import next_pack
+from sage.seeds import leaf_seed
 
 STEPS = 4
 # Two alike, two alike, one on its own.
@@ -94,20 +96,55 @@ def test_a_seed_is_the_same_on_every_machine():
 
 
 def test_packing_changes_nothing(pipe):
-    together, apart = make(pipe, batch_size=100), make(pipe, batch_size=3)
-    assert (together.stats["packs"], apart.stats["packs"]) == (1, 2)
+    together, apart = make(pipe, max_rows=None), make(pipe, max_rows=4)
+    assert (together.stats["packs"], apart.stats["packs"]) == (1, 2)  # three groups: two rows with two copies, and one
     assert together.stats["nfe"] == apart.stats["nfe"] and together.stats["rows"] == apart.stats["rows"]
     assert all(close(a, b) for a, b in zip(together.images, apart.images))
     assert all(close(a, b) for a, b in zip(together.images, make(pipe, max_rows=2).images))
 
 
+def test_the_denoiser_is_full_in_the_trunk_and_in_the_branches(pipe, monkeypatch):
+    """40 prompts in 8 groups of 5: as many groups as fill it go into a call, and their members go through in pieces."""
+    names = [f"group {number}" for number in range(8)]
+    prompts = [f"{name}, variant {variant}" for name in names for variant in range(5)]
+    plan = SharingPlan.flat([Leaf(p) for p in prompts], [range(5 * g, 5 * g + 5) for g in range(8)], 0.5)
+    rows, pictures = [], []
+    convolve, call = pipe.unet.conv_in.forward, pipe.scheduler.step
+    monkeypatch.setattr(pipe.unet.conv_in, "forward", lambda x: rows.append(len(x)) or convolve(x))
+    result = make(pipe, prompts, plan=plan, max_rows=8, on_images=lambda indices, images, records: pictures.append(len(indices)))
+    assert pictures == [20, 20]  # four groups a call, whatever the number of prompts
+    assert rows == 2 * ([8] * 2 + [8] * 10)
+    assert result.stats["launches"] == len(rows) and sum(rows) == 2 * result.stats["nfe"]
+    assert call == pipe.scheduler.step
+
+
+def test_memory_that_runs_out_is_remembered(pipe, monkeypatch, caplog):
+    expected = make(pipe, share=0.0)
+    rows, convolve = [], pipe.unet.conv_in.forward
+
+    def limited(x):
+        if len(x) > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        rows.append(len(x))
+        return convolve(x)
+
+    monkeypatch.setattr(pipe.unet.conv_in, "forward", limited)
+    result = make(pipe, share=0.0, max_rows=8)  # five pictures: four in the first call
+    assert all(close(a, b) for a, b in zip(result.images, expected.images))
+    assert caplog.text.count("out of memory with 8 rows at once: going on with max_rows=4") == 1
+    assert result.stats["max_rows"] == 4 and rows == [4, 4] * STEPS + [2] * STEPS
+
+
 def test_packs_hold_whole_groups_and_are_filled():
-    leaves = [Leaf(str(i)) for i in range(12)]
-    plan = SharingPlan.flat(leaves, [[0, 1, 2], [3, 4, 5, 6, 7], [8, 9]], 0.5)
-    packs = pack(plan, 4)
-    sizes = [sum(len(plan.roots[root].members) for root in roots) for roots in packs]
-    assert sorted(root for roots in packs for root in roots) == list(range(len(plan.roots)))
-    assert sizes == [4, 5, 3]  # 3 + 1, the group that is larger than a pack, 2 + 1
+    leaves = [Leaf(str(i)) for i in range(60)]
+    plan = SharingPlan.flat(leaves, [range(0, 30), range(30, 50), range(50, 54)], [0.5, 0.5, 0.0])
+    open_roots, packs = list(range(len(plan.roots))), []
+    while open_roots:
+        packs.append(next_pack(plan, open_roots, 4))
+        open_roots = [root for root in open_roots if root not in packs[-1]]
+    sizes = [[len(plan.roots[root].members) for root in roots] for roots in packs]
+    # The large group and its like do not fit a call of at most 32 pictures together; the one that shares nothing is 4 rows.
+    assert sizes == [[30, 1, 1], [20, 1, 1, 1], [4], [1]]
 
 
 def test_repeated_prompts_and_images_per_prompt_get_pictures_of_their_own(pipe):
@@ -200,7 +237,7 @@ def test_the_pipeline_is_left_as_it_was_after_a_failure(pipe):
 
 def test_pictures_are_handed_over_as_packs_finish(pipe):
     seen = []
-    result = make(pipe, batch_size=3, on_images=lambda indices, images, records: seen.append((indices, images, records)))
+    result = make(pipe, max_rows=4, on_images=lambda indices, images, records: seen.append((indices, images, records)))
     assert sorted(i for indices, _, _ in seen for i in indices) == list(range(len(PROMPTS))) and len(seen) == 2
     for indices, images, records in seen:
         for i, image, record in zip(indices, images, records):
@@ -222,11 +259,9 @@ def test_the_progress_bar_counts_denoiser_rows(pipe, capsys):
         (dict(seeds=[1]), ValueError, "seeds must hold one seed per prompt, 5, got 1"),
         (dict(negative_prompt=["x"]), ValueError, "negative_prompt must be one for all or one per prompt, 5, got 1"),
         (dict(images_per_prompt=0), ValueError, "images_per_prompt must be at least 1, got 0"),
-        (dict(batch_size=0), ValueError, "batch_size must be at least 1, got 0"),
         (dict(prompts="a red cat"), TypeError, "prompts must be a sequence of str, got str"),
         (dict(max_rows=0), ValueError, "max_rows must be at least 1, got 0"),
         (dict(max_rows=2.5), TypeError, "max_rows must be an integer, got 2.5"),
-        (dict(batch_size="8"), TypeError, "batch_size must be an integer, got '8'"),
         (dict(share="0.4"), TypeError, r"share must be a number in \[0, 1\], got '0.4'"),
         (dict(negative_prompt=[None] * 5), TypeError, r"negative_prompt\[0\] must be a str, got None"),
         (dict(latents=torch.zeros(5, 4, 8, 8)), ValueError, "latents cannot be passed to sage.generate: each picture's come"),
@@ -257,5 +292,25 @@ def test_enable_without_a_plan_plans_each_call(pipe):
         assert sharing.stats["rows"] == [2, 2, 2, 2] and sharing.plan.encoder == "by hand"
         pipe("a red cat", num_images_per_prompt=2, **kwargs)
         assert sharing.stats["saving"] == 0
-        with pytest.raises(ValueError, match="prompt_embeds and no prompt: there is no text to group by"):
+        with pytest.raises(ValueError, match="gives embeddings and no prompt: there is no text to group by"):
             pipe(prompt_embeds=torch.zeros(2, 77, 32), negative_prompt_embeds=torch.zeros(2, 77, 32))
+
+
+# ---- engines
+
+
+@pytest.mark.parametrize("solver", ["dpm++2m", "euler-a"])
+def test_both_engines_give_the_same_pictures(pipe, solver):
+    native, hook, chosen = (make(pipe, engine=engine, solver=solver) for engine in ("native", "hook", "auto"))
+    assert [result.stats["engine"] for result in (native, hook, chosen)] == ["native", "hook", "native"]
+    assert all(close(a, b) for a, b in zip(native.images, hook.images))
+    assert native.records == hook.records and native.stats["rows"] == hook.stats["rows"]
+
+
+def test_what_the_native_loop_does_not_cover_goes_through_the_hook_and_says_so(pipe):
+    result = make(pipe, cross_attention_kwargs={"scale": 0.5})
+    assert result.stats["engine"] == "hook" and "the argument cross_attention_kwargs" in result.stats["engine_reason"]
+    with pytest.raises(NotNative, match="the argument cross_attention_kwargs"):
+        make(pipe, engine="native", cross_attention_kwargs={"scale": 0.5})
+    with pytest.raises(ValueError, match="engine must be one of 'auto', 'native', 'hook', got 'fast'"):
+        make(pipe, engine="fast")
