@@ -10,6 +10,8 @@ import torch
 from sage_kernels import allocation, backends
 from sage_kernels.testing import ISAS, isa_refusal, poisoned
 
+pytest_plugins = ["support_matrix"]
+
 GPU = pytest.mark.gpu
 DEVICES = ["cpu", pytest.param("cuda", marks=GPU)]
 
