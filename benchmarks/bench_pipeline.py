@@ -38,7 +38,8 @@ KINDS = ("shared", "tree", "native", "graphs", "compiled", "cached")
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = ["embedded", *MODELS]
-    made.add_argument("--models", nargs="+", choices=names, default=["embedded"], metavar="NAME", help=f"{' '.join(names)} (default: embedded)")
+    made.add_argument("--models", nargs="+", choices=names, default=["embedded"], metavar="NAME",
+                      help=f"{' '.join(names)} (default: embedded)")
     made.add_argument("--steps", type=int, default=None, help="denoiser calls of the unshortened methods (default: 20; other models: 10)")
     made.add_argument("--shares", type=float, nargs="+", default=None, metavar="SHARE",
                       help="fractions of the calls that groups share (default: 0.4; other models: 0.2 0.4 0.6)")
@@ -74,12 +75,14 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
         made.error("embedded goes alone: its JSON has other keys")
     if args.max_rows is not None and args.max_rows < 2:
         made.error("--max-rows must be at least 2, a picture with its guidance copy")
+    if min(args.groups) < 2:
+        made.error("--groups must be at least 2 pictures each")
     args.shares = args.shares or ([0.4] if args.embedded else [0.2, 0.4, 0.6])
     args.steps = args.steps or (20 if args.embedded else 10)
     args.dtype = args.dtype or ("bfloat16" if torch.device(args.device).type == "cuda" else "float32")
     if args.quick:
         args.repeats, args.steps, args.backend, args.compile = 1, 4 if args.embedded else 5, "eager", "blocks"
-        args.sizes = None  # miniatures have their own
+        args.sizes = None  # miniatures have a size of their own
     return args
 
 

@@ -140,6 +140,13 @@ def bench_ops(run):
     return [run.benchmark("bench_ops.py", "ops", "--plot", plot, "--budget", 430, *["--resume"] * (not run.quick))]
 
 
+def pipeline_step(name, model, size, about, compiled="blocks"):
+    """bench_pipeline.py on one model at one size, with random weights."""
+    options = ("--models", model, "--sizes", size, "--seconds", 360, "--compile", compiled)
+    return Step(name, 535, f"bench_pipeline.py: {about}, random weights", lambda run: [run.benchmark("bench_pipeline.py", name, *options)],
+                needs_gpu=False, modules=("diffusers",), result=True)  # fmt: skip
+
+
 STEPS = (
     Step("build", 500, "compile the CUDA kernels in place; all backends must load", build, tool="nvcc"),
     Step("exercise", 240, "every op on every backend, odd sizes, against the reference by bits",
@@ -153,6 +160,15 @@ STEPS = (
          needs_gpu=False, modules=("diffusers",), result=True),
     Step("sampling", 480, "bench_sampling.py", lambda run: [run.benchmark("bench_sampling.py", "sampling")],
          needs_gpu=False, modules=("diffusers",), result=True),
+    pipeline_step("sd15", "sd15", "512", "Stable Diffusion 1.5, 512 pixels", "whole"),
+    pipeline_step("sdxl_512", "sdxl", "512", "Stable Diffusion XL, 512 pixels"),
+    pipeline_step("sdxl_1024", "sdxl", "1024", "Stable Diffusion XL, 1024 pixels"),
+    pipeline_step("sd3_512", "sd3", "512", "Stable Diffusion 3 medium, 512 pixels"),
+    pipeline_step("sd3_1024", "sd3", "1024", "Stable Diffusion 3 medium, 1024 pixels"),
+    pipeline_step("flux_512", "flux", "512", "Flux.1-dev, 512 pixels"),
+    pipeline_step("flux_1024", "flux", "1024", "Flux.1-dev, 1024 pixels"),
+    pipeline_step("wan_33", "wan", "480p33", "Wan 1.3B, 33 frames of 480 lines"),
+    pipeline_step("wan_81", "wan", "480p81", "Wan 1.3B, 81 frames of 480 lines"),
     Step("profile", 400, "ncu on a large and a small branch_step", profile, tool="ncu", report=True),
 )  # fmt: skip
 

@@ -20,18 +20,19 @@ GAIN = 1.03  # a larger batch must bring so many more images per second
 TRIAL_STEPS = 3  # of the calls that look for the best batch
 WARM_STEPS = 2  # half of them shared: every shape of the denoiser's calls
 MOST_PICTURES = 64  # in a stock call
+NO_SETTINGS = ("out", "resume", "models", "sizes", "embedded", "prompts", "guidance_scale", "solver")  # nothing that an entry depends on
 KEPT = ("device", "driver", "processor", "threads", "packages", "sources")  # of the environment: equal for results to be kept
 
 
 def run(args) -> dict[str, Any]:
     """Every model and size that is asked for; writes `args.out` after each, so that little is lost when the command is cut off."""
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
-    settings = {name: value for name, value in vars(args).items() if name not in ("out", "resume", "models", "sizes", "prompts")}
+    settings = {name: value for name, value in vars(args).items() if name not in NO_SETTINGS}
     result = {"environment": environment(device), "settings": settings, "note": NOTE, "entries": {}}
     result["entries"] = held(args, result)
     for name in args.models:
         model = (TINY if args.quick else MODELS)[name]
-        todo = [size for size in args.sizes or model.sizes if size in model.sizes and f"{name} {size}" not in result["entries"]]
+        todo = [size for size in args.sizes or model.sizes if f"{name} {size}" not in result["entries"]]
         for size, entry in _model(name, model, todo, args, device, dtype):
             result["entries"][f"{name} {size}"] = entry
             result["table"] = table(result["entries"])
@@ -47,21 +48,28 @@ def held(args, now: dict[str, Any]) -> dict[str, Any]:
         return {}
     before = json.loads(Path(args.out).read_text(encoding="utf-8"))
     same = all(before["environment"].get(key) == now["environment"][key] for key in KEPT)
-    return before["entries"] if same and before["settings"] == json.loads(json.dumps(now["settings"])) else {}
+    if not same or before["settings"] != json.loads(json.dumps(now["settings"])):
+        return {}
+    return {name: entry for name, entry in before["entries"].items() if entry["status"] == "measured"}
 
 
 def _model(name: str, model: Model, sizes: list[str], args, device: torch.device, dtype: torch.dtype):
-    """(size, its entry of the JSON) for each of a model's sizes; the model is built once."""
-    why_not = refusal(model, device, dtype) if sizes else None
-    if why_not:
-        for size in sizes:
-            tqdm.write(f"{name} {size}: skipped, {why_not}")
-            yield size, {"status": f"skipped: {why_not}"}
-        return
-    pipe = build(model, device, dtype) if sizes else None
+    """(size, its entry of the JSON) for each size that is to be measured; the model is built once."""
+    pipe = None
     for size in sizes:
-        tqdm.write(f"{name} {size}: {NOTE}")
-        yield size, measure(name, model, pipe, size, args, device, dtype)
+        why_not = None if size in model.sizes else f"{name} is measured at {', '.join(model.sizes)}"
+        why_not = why_not or (refusal(model, device, dtype) if pipe is None else None)
+        if why_not is None:
+            tqdm.write(f"{name} {size}: {NOTE}")
+            pipe = pipe or build(model, device, dtype)
+            try:
+                entry = measure(name, model, pipe, size, args, device, dtype)
+            except torch.OutOfMemoryError as error:
+                why_not = f"out of memory: {error}"
+        if why_not is not None:
+            tqdm.write(f"{name} {size}: skipped, {why_not}")
+            entry = {"status": f"skipped: {why_not}"}
+        yield size, entry
     del pipe
     _clean(device)
 
@@ -70,12 +78,11 @@ def measure(name: str, model: Model, pipe, size: str, args, device: torch.device
     """One entry of the JSON: how many pictures fill the denoiser, and every method's figures."""
     options = {**model.options, **model.sizes[size]}
     job = Job(pipe, {}, options, model.order, model.copies, model.together, device)
-    job.conditions = conditions(model, MOST_PICTURES, device, dtype)
+    job.conditions = conditions(model, max(MOST_PICTURES, args.max_rows or 0), device, dtype)
     job.cache = FirstBlockCacheConfig(threshold=args.cache_threshold)
     trials = find_batch(job, args)
     chosen = methods(args.shares, args.groups, args.only)
-    each = trials[-1]["seconds_per_row"] if trials else 0.0
-    steps, pictures = settle(each, job.batch, chosen, args)
+    steps, pictures = settle(trials[-1]["seconds_per_picture"], job.batch, chosen, args)
     job.conditions = conditions(model, pictures, device, dtype)
     torch._dynamo.reset()
     job.compile(args.compile == "whole", dynamic=False, backend=args.backend)
@@ -96,10 +103,10 @@ def find_batch(job: Job, args) -> list[dict[str, Any]]:
 
     Pictures are doubled until that brings less than 3 % more images per second, memory is out, or a call takes too long.
     """
-    if args.max_rows:
-        job.batch = max(1, args.max_rows // job.together)
     trials: list[dict[str, Any]] = []
     stock, most = Method("stock", "stock"), 2 if args.quick else MOST_PICTURES
+    if args.max_rows:
+        job.batch = most = args.max_rows // job.together
     while job.batch <= most:
         try:
             job.run(stock, job.batch, 1)
@@ -108,10 +115,10 @@ def find_batch(job: Job, args) -> list[dict[str, Any]]:
             _clean(job.device)
             break
         each = taken / (TRIAL_STEPS * job.batch)
-        if trials and trials[-1]["seconds_per_row"] / each < GAIN:
+        if trials and trials[-1]["seconds_per_picture"] / each < GAIN:
             break
-        trials.append({"pictures": job.batch, "seconds": short(taken), "seconds_per_row": each})
-        if args.max_rows or taken > args.seconds / 20:
+        trials.append({"pictures": job.batch, "seconds": short(taken), "seconds_per_picture": each})
+        if taken > args.seconds / 20:
             break
         job.batch *= 2
     if not trials:
@@ -120,15 +127,18 @@ def find_batch(job: Job, args) -> list[dict[str, Any]]:
     return trials
 
 
-def settle(seconds_per_row: float, batch: int, chosen: list[Method], args) -> tuple[int, int]:
+def settle(seconds: float, batch: int, chosen: list[Method], args) -> tuple[int, int]:
     """(steps, pictures) of the timed calls: as asked for, or fewer where two rounds would take longer than `args.seconds`.
 
     Enough pictures for groups to fill the denoiser while each is one row; 5 steps are enough for shares of a fifth.
+
+    Args:
+        seconds: of a picture's denoiser call.
     """
     most, fewest = max(args.groups), min(args.groups)
     for steps, group in ((args.steps, most), (min(args.steps, 5), most), (min(args.steps, 5), fewest)):
         rows = steps * group * batch * len(chosen) * 0.8  # methods share about a fifth on average
-        if 2.4 * rows * seconds_per_row <= args.seconds:
+        if 2.4 * rows * seconds <= args.seconds:
             break
     return steps, group * batch
 
@@ -220,7 +230,8 @@ def summaries(lines: dict[Method, dict], pictures: int) -> list[dict[str, Any]]:
 
 def table(entries: dict[str, dict]) -> dict[str, list]:
     """For readme_tables.py."""
-    columns = ["model", "method", "denoiser rows", "launches", "seconds", "images/s", "GB", "time / stock's", "rows / stock's", "time / rows"]
+    columns = ["model", "method", "denoiser rows", "launches", "seconds", "images/s", "GB"]
+    columns += ["time / stock's", "rows / stock's", "time / rows", f"at most {STEADY}"]
     keys = ("denoiser_rows", "launches", "images_per_second", "peak_memory_gb", "time_ratio", "row_ratio", "time_per_row")
     rows = []
     for name, entry in entries.items():
@@ -230,7 +241,7 @@ def table(entries: dict[str, dict]) -> dict[str, list]:
                 verdict = {True: "pass", False: "FAIL", None: None}[line.get("follows")]
                 rows.append([name, line["method"], a, b, line["seconds"]["median"], *rest, verdict])
     formats = [None, None, ",d", ",d", ".3g", ".3g", ".3g", ".3f", ".3f", ".3f", None]
-    return {"columns": [*columns, f"at most {STEADY}"], "rows": rows, "formats": formats}
+    return {"columns": columns, "rows": rows, "formats": formats}
 
 
 def failed(result: dict[str, Any]) -> list[str]:

@@ -12,6 +12,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 BENCHMARKS = str(ROOT / "benchmarks")
+PIPELINES = ("sd15", "sdxl_512", "sdxl_1024", "sd3_512", "sd3_1024", "flux_512", "flux_1024", "wan_33", "wan_81")
 
 
 @pytest.fixture(autouse=True)
@@ -29,22 +30,35 @@ def test_dry_run_lists_every_step_with_its_limit():
     run = make_gpu("DRY=1")
     assert run.returncode == 0, run.stderr
     limits = dict(re.findall(r"^(\w+) +(\d+) s ", run.stdout, re.MULTILINE))
-    assert list(limits) == ["build", "exercise", "tests", "memcheck", "racecheck", "initcheck", "graphs", "ops", "sampling", "profile"]
+    before = ["build", "exercise", "tests", "memcheck", "racecheck", "initcheck", "graphs", "ops", "sampling"]
+    assert list(limits) == [*before, *PIPELINES, "profile"]
     assert all(int(limit) < 9 * 60 for limit in limits.values())
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_pipelines_are_measured_with_options_that_exist(name, run):
+    import bench_pipeline
+    import gpu_worklist
+
+    run.quick = False
+    (command,) = next(step for step in gpu_worklist.STEPS if step.name == name).commands(run)
+    args = bench_pipeline.parse([str(word) for word in command.words[2:]])
+    assert len(args.models) == len(args.sizes) == 1 and args.sizes[0] in bench_pipeline.MODELS[args.models[0]].sizes
+    assert args.out == str(run.json(name)) and args.seconds < 9 * 60
 
 
 @pytest.mark.deep
 def test_without_a_gpu_the_rest_runs_and_calls_add_up(tmp_path):
-    steps = (("build", "exercise"), ("ops", "sampling"))
+    steps = (("build", "exercise"), ("ops", "sampling"), ("sd15",))
     for some in steps:
         run = make_gpu("DEVICE=cpu", "QUICK=1", f"STEPS={' '.join(some)}", f"RESULTS={tmp_path}")
         assert run.returncode == 0, run.stdout + run.stderr
     found = json.loads((tmp_path / "cpu-quick.json").read_text(encoding="utf-8"))
     assert {name: entry["status"] for name, entry in found["steps"].items()} == {
-        "build": "skipped", "exercise": "passed", "ops": "passed", "sampling": "passed",
+        "build": "skipped", "exercise": "passed", "ops": "passed", "sampling": "passed", "sd15": "passed",
     }  # fmt: skip
     assert found["steps"]["build"]["reason"] == "needs a GPU"
-    assert {"ops", "ops-compile", "sampling"} <= set(found["tables"])
+    assert {"ops", "ops-compile", "sampling", "sd15"} <= set(found["tables"])
     ops = found["steps"]["ops"]["result"]
     assert len(ops["lines"]) == 4 and not ops["refused"]
     for line in ops["lines"]:
