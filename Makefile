@@ -19,6 +19,8 @@ TORCH ?= $(shell grep -m1 '^torch==' constraints.txt)
 OUT ?= demo-out
 
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet
+# Small tensors: a worker per core with one thread each is faster than threads.
+PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -n auto --maxprocesses 4 --dist loadscope
 NATIVE := setup.py pyproject.toml constraints.txt $(wildcard csrc/*.* csrc/*/*.*)
 
 .PHONY: help demo test gpu
@@ -47,8 +49,8 @@ demo: $(VENV)/sage.txt
 	$(VENV)/bin/sage generate examples/prompts.txt --out $(OUT) --compare --overwrite
 
 test: $(VENV)/test.txt
-	$(VENV)/bin/python -m pytest -q -m "not deep"
-	$(VENV)/bin/python -m pytest -q -m deep
+	$(PYTEST) -m "not deep"
+	$(PYTEST) -m deep
 
 gpu: export PYTHONPATH := $(PYTHONPATH)
 gpu:

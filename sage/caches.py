@@ -10,6 +10,7 @@ Whether to skip is the cache's own decision: First Block Cache and SeaCache deci
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -130,13 +131,14 @@ class Caches:
     @contextlib.contextmanager
     def installed(self, modules: list[torch.nn.Module]) -> Iterator[None]:
         """Caches begin the `with` block empty and end it empty, so that a call that broke off leaves no rows to the next."""
-        _reset(modules)
+        self._hooks = {id(module): _hooks_in([module]) for module in modules}
+        self._reset()
         try:
             yield
         finally:
             for hook in self._counted:
                 hook.fn_ref = hook.fn_ref.fn_ref
-            _reset(modules)
+            self._reset()
 
     def carry(self, module: torch.nn.Module, rows: Rows, copies: int, shares: bool) -> None:
         """Before a denoiser is called: bring what its caches remember to the rows of this call.
@@ -148,10 +150,12 @@ class Caches:
         Raises:
             ValueError: a cache that sage does not know how to carry along, or cannot.
         """
+        hooks = self._hooks[id(module)]
+        if not hooks:
+            return
         last = self._last.get((id(module), None), (None, copies))
         if last[0] is not rows:  # the first call, or groups have parted
-            self._find(module, shares)
-        hooks = self._hooks[id(module)]
+            self._look(module, hooks, shares)
         for state, context, halves in _states(hooks) if shares else ():
             self._carry_state(state, *self._last.get((id(module), context), last), rows, copies, halves)
         for context in {None, *(context for hook in hooks for _, _, context in _held(hook))}:
@@ -177,8 +181,7 @@ class Caches:
         for attribute, value in values.items():
             setattr(state, attribute, STATES[name][attribute](parting, value))
 
-    def _find(self, module: torch.nn.Module, shares: bool) -> None:
-        self._hooks[id(module)] = hooks = _hooks_in([module])
+    def _look(self, module: torch.nn.Module, hooks: list, shares: bool) -> None:
         self._compiled = self._compiled or any(map(_is_compiled, module.modules()))
         for hook in hooks:
             name = type(hook).__name__
@@ -200,6 +203,11 @@ class Caches:
     def _goes_on(self, args: tuple, kwargs: dict) -> None:
         """The denoiser goes on with these arguments, of fewer rows perhaps than it was called with."""
         self._under_way = next(len(value) for value in (*args, *kwargs.values()) if torch.is_tensor(value) and value.ndim > 1)
+
+    def _reset(self) -> None:
+        for hook in itertools.chain.from_iterable(self._hooks.values()):
+            if hook._is_stateful and _is_known(hook):
+                hook.reset_state(None)
 
     def hold(self, module: torch.nn.Module) -> bool:
         """Whether the denoiser has a cache."""
@@ -293,12 +301,6 @@ def _states(hooks: list) -> list[tuple[Any, str | None, bool]]:
 def _is_known(hook: Any) -> bool:
     held = [cls.__name__ in STATES for cls, _, _ in _held(hook)]
     return bool(held) and all(held)
-
-
-def _reset(modules: list[torch.nn.Module]) -> None:
-    for hook in _hooks_in(modules):
-        if hook._is_stateful and _is_known(hook):
-            hook.reset_state(None)
 
 
 def _is_compiled(module: torch.nn.Module) -> bool:
