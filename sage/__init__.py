@@ -5,6 +5,9 @@
 
     result = sage.generate(pipe, prompts)              # many prompts: planned, packed, with a record per picture
     x = sage.sample(denoise, plan, table, x_init, conditions, seeds=seeds)   # a denoiser of your own
+
+    trunk = sage.generate(pipe, prompts, keep_trunks=True).trunks[0]         # a group where it parts
+    later = sage.generate(pipe, others, trunk=trunk)                         # joins it: the calls before are not run again
 """
 
 import importlib

@@ -11,7 +11,9 @@ import torch
 from sage.plan import ResolvedPlan, SharingPlan
 from sage.rows import PlanRows, Rows
 from sage_kernels import CoefficientTable
+from sage_kernels.coefficients import PARTED, PARTING, branch_rows
 
+BRANCH_DRAWS = 1 << 30  # added to a call's number in the counter of branch noise: no solver's own draw has so large a call
 HOW = ("mean", "representative")  # what a node's guidance and negative conditions are, of its members'
 
 
@@ -46,31 +48,34 @@ class Call:
     """One denoiser call and the `branch_step` after it. Output rows are the nodes of the next call (the leaves, after the last).
 
     A row draws its noise, and takes its table row, as its parent node does: children of one node part by their conditions
-    alone.
+    alone. Under branch noise they take `branch_rows`, and noise of their own.
 
     Attributes:
         row: of the table.
         number: of the call, from the table's first.
         rows: the nodes that the denoiser is called for.
-        parent, history_parent, step, guidance, seed, model_input: see `branch_step`, [R_{s+1}] each.
+        parent, history_parent, step, guidance, seed, draw, model_input: see `branch_step` (there `call` for `draw`), [R_{s+1}].
         representative: int32 [R_{s+1}], the leaf whose noise each output row uses.
         partings: the roots that part after it.
     """
 
-    def __init__(self, schedule: Schedule, s: int, parent: np.ndarray, ancestors: Sequence[np.ndarray]):
+    def __init__(self, schedule: Schedule, s: int, parent: np.ndarray, ancestors: Sequence[np.ndarray], kinds: np.ndarray):
         plan, device = schedule.plan, schedule.device
-        representative = plan.representatives(s)[parent]
+        representative, parts = plan.representatives(s)[parent], kinds & PARTING != 0
+        if parts.any():
+            representative = np.where(parts, plan.representatives(s + 1), representative)
         ints = dict(dtype=torch.int32, device=device)
         self.row, self.rows = schedule.first + s, schedule.partitions.at(s)
         self.number = self.row - first_call(schedule.table)
         self.parent = torch.tensor(parent, **ints)
         self.history_parent = tuple(torch.tensor(index, **ints) for index in ancestors)
         self.representative = torch.tensor(representative, **ints)
-        self.step = torch.full((len(parent),), self.row, **ints)
+        self.step = torch.tensor(self.row + len(schedule.table) * kinds, **ints)
         guidance, seeds = schedule.guidance, schedule.seeds
         scales = None if guidance is None else guidance.at(s, self.rows)[parent]
         self.guidance = None if scales is None else torch.tensor(scales, dtype=torch.float32, device=device)
         self.seed = None if seeds is None else seeds[torch.from_numpy(np.array(representative))].to(device)
+        self.draw = None if seeds is None else torch.tensor(self.row + BRANCH_DRAWS * parts, **ints)
         self.model_input = None if s == plan.num_calls - 1 else "single" if guidance is None else "double"
         self.partings: list[Parting] = []
 
@@ -84,6 +89,7 @@ class Schedule:
         first: the table row of the first call that runs; the table's own first unless the leaves join a trunk.
         guidance: None: the denoiser is called for one row per node.
         seeds: int64 [B]; None: no Philox noise.
+        branching: rows that part take the kinds of `branch_rows`; otherwise all take kind 0.
 
     Attributes:
         leaves_plan: the plan as given.
@@ -91,7 +97,14 @@ class Schedule:
     """
 
     def __init__(
-        self, plan: SharingPlan, table: CoefficientTable, first: int, guidance: Guidance | None, seeds, device: torch.device
+        self,
+        plan: SharingPlan,
+        table: CoefficientTable,
+        first: int,
+        guidance: Guidance | None,
+        seeds: torch.Tensor | None,
+        branching: bool,
+        device: torch.device,
     ):
         boundaries = [stage == 0 for stage in table.stage[first:]]
         self.leaves_plan, self.plan = plan, plan.resolve(len(table) - first, boundaries)
@@ -105,16 +118,40 @@ class Schedule:
             parent = _parent(self.plan, s)
             # m1 has the rows that the state has now, m2 those of a call earlier: one more generation back.
             ancestors = [parent, *(index[parent] for index in ancestors)][: min(stored + s, table.history)]
-            call = Call(self, s, parent, ancestors)
+            call = Call(self, s, parent, ancestors, kinds_of_rows(self.plan, s) if branching else np.zeros_like(parent))
             for root, row in partings.get(s, ()):
                 rows = [row, *(int(index[row]) for index in ancestors)][: table.history]
                 call.partings.append(Parting(root, row, rows))
             self.calls.append(call)
 
 
+def coefficient_rows(table: CoefficientTable, branch_noise: float, device: torch.device) -> torch.Tensor:
+    """float32 [S, 16]; under branch noise [4·S, 16], the rows of every kind (see `branch_rows`).
+
+    Raises:
+        NotImplementedError: the solver has no rows for branch noise.
+    """
+    if branch_noise == 0:
+        return table.tensor(device)
+    return torch.from_numpy(branch_rows(table, branch_noise).astype(np.float32)).to(device)
+
+
 def first_call(table: CoefficientTable) -> int:
     """The first table row that runs: those before the step that it begins at are zero."""
     return int(table.rows.any(axis=1).argmax())
+
+
+def kinds_of_rows(plan: ResolvedPlan, s: int) -> np.ndarray:
+    """int64 [R_{s+1}]: the kind of each output row of call s, see `branch_rows`."""
+    parting = _parting(plan, s)
+    parted = _parting(plan, s - 1)[_parent(plan, s)] if s > 0 else np.zeros_like(parting)
+    return PARTING * parting + PARTED * parted
+
+
+def _parting(plan: ResolvedPlan, s: int) -> np.ndarray:
+    """int64 [R_{s+1}], 0 or 1: whether the node that each output row of call s comes from parts there."""
+    parent = _parent(plan, s)
+    return (np.bincount(parent)[parent] > 1).astype(np.int64) if s < plan.num_calls - 1 else np.zeros_like(parent)
 
 
 def _parent(plan: ResolvedPlan, s: int) -> np.ndarray:

@@ -20,7 +20,7 @@ from sage.embed import embed_prompts
 from sage.grouping import plan_prompts
 from sage.packing import next_pack
 from sage.plan import Leaf, ResolvedPlan, SharingPlan
-from sage.plan_checks import integer, texts
+from sage.plan_checks import fraction, integer, texts
 from sage.scheduler import SageScheduler
 from sage.seeds import seeded
 from sage.request import mismatch
@@ -78,6 +78,7 @@ def generate(
     engine: str = "auto",
     keep_trunks: bool = False,
     trunk: Trunk | None = None,
+    branch_noise: float = 0.0,
     progress: bool = True,
     on_images: Callable[[list[int], list, list[dict[str, Any]]], None] | None = None,
     **pipe_kwargs,
@@ -110,6 +111,7 @@ def generate(
         trunk: every picture joins this trunk instead of beginning with noise of its own: the calls before are not run, and
             `plan` (default: each picture alone) is followed in those that remain. Native loop only; the pipeline, solver,
             number of steps and size must be those that it was made with.
+        branch_noise: strength, in [0, 1], of the noise of their own that members get as their group parts, see `sage.enable`.
         progress: show a progress bar over denoiser rows.
         on_images: called after each pack with (indices, images, records), indices in the order asked for.
         pipe_kwargs: anything else the pipeline's call takes.
@@ -128,6 +130,11 @@ def generate(
     if engine == "hook" and (keep_trunks or trunk is not None):
         name = "keep_trunks" if keep_trunks else "trunk"
         raise ValueError(f'{name} needs the native loop, got engine="hook"; use engine="auto" or "native"')
+    if fraction(branch_noise, "branch_noise") > 0 and keep_trunks:
+        raise ValueError(
+            f"branch_noise {branch_noise} and keep_trunks exclude each other: what a later picture could join is the state before "
+            "its members' noise; keep trunks in a run without branch_noise"
+        )
     if trunk is not None and not isinstance(trunk, Trunk):
         raise TypeError(f"trunk must be a sage.Trunk, got {type(trunk).__name__}; sage.Trunk.load(path) reads one from a file")
     start = time.perf_counter()
@@ -155,7 +162,7 @@ def generate(
     records: list = [None] * len(plan.leaves)
     stats: list[dict] = []
     trunks: dict[int, Trunk] = {}
-    loop = _Loop(pipe, engine, call_kwargs, trunk, keep_trunks)
+    loop = _Loop(pipe, engine, call_kwargs, trunk, keep_trunks, branch_noise)
     open_roots, copies = list(range(len(plan.roots))), 1 if (guidance_scale or 2) <= 1 else 2
     with _borrowed(pipe, solver), _Progress(plan, progress) as bar:
         while open_roots:
@@ -225,10 +232,10 @@ class _Loop:
         reason: why "auto" chose the hook; "" if it did not.
     """
 
-    def __init__(self, pipe, engine: str, kwargs: dict, trunk: Trunk | None, keep_trunks: bool):
+    def __init__(self, pipe, engine: str, kwargs: dict, trunk: Trunk | None, keep_trunks: bool, branch_noise: float):
         self.pipe, self.kwargs, self.whole = pipe, kwargs, has_cache(pipe)
         self.engine, self.reason = "hook" if engine == "hook" else "native", ""
-        self._trunk, self._keep_trunks = trunk, keep_trunks
+        self._trunk, self._keep_trunks, self._branch_noise = trunk, keep_trunks, branch_noise
         self._falls_back = engine == "auto" and trunk is None and not keep_trunks
 
     def __call__(self, plan: SharingPlan, negatives: list[str] | None, max_rows: int | None, on_call: Callable):
@@ -239,7 +246,8 @@ class _Loop:
         def keep(root: int, trunk: Trunk) -> None:
             kept[root] = replace(trunk.to("cpu"), record=trunk.record | {"pipeline": type(self.pipe).__name__})
 
-        options = dict(on_call=on_call, max_rows=max_rows, trunk=self._trunk, on_part=keep if self._keep_trunks else None)
+        options = dict(on_call=on_call, max_rows=max_rows, branch_noise=self._branch_noise)
+        options |= dict(trunk=self._trunk, on_part=keep if self._keep_trunks else None)
         if self.engine == "native":
             try:
                 return *native.draw(self.pipe, plan, prompts, negatives, _generators(plan), **options, **self.kwargs), kept
@@ -248,7 +256,7 @@ class _Loop:
                     raise
                 self.engine, self.reason = "hook", str(error)
         kwargs = self.kwargs if negatives is None else {**self.kwargs, "negative_prompt": negatives}
-        with enable(self.pipe, plan, max_rows=None if self.whole else max_rows) as sharing:
+        with enable(self.pipe, plan, max_rows=None if self.whole else max_rows, branch_noise=self._branch_noise) as sharing:
             sharing.on_call = on_call
             out = self.pipe(prompts, generator=_generators(plan), **kwargs)
         return out[0] if isinstance(out, tuple) else out[next(iter(out))], sharing.stats, sharing.resolved, kept

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from diffusers.utils import logging
 
+from sage.branch_noise import BranchNoise
 from sage.caches import Caches
 from sage.denoiser import Arguments, Interception, Launcher, Reducer, current, is_static
 from sage.families import ADAPTERS, DENOISERS
@@ -18,6 +19,7 @@ from sage.rows import PlanRows, Rows, map_outputs
 from sage.scheduler import diffusers_class, sage_class
 from sage.solvers import NotInTable, table_for
 from sage.watch import FirstStep
+from sage_kernels.coefficients import branch_rows
 
 logger = logging.get_logger(__name__)
 
@@ -33,10 +35,18 @@ class Run:
 
     Args:
         max_rows: the most rows (guidance copies counted) of one denoiser call; halved when memory runs out.
+        eta: strength of the noise that members get as they part.
+        generators: what the pipeline's call was given, for that noise.
+
+    Attributes:
+        branch_noise: None without such noise, and before the first denoiser call.
     """
 
-    def __init__(self, plan: SharingPlan, pipe, max_rows: int | None, rules: dict[str, str], on_call=None):
+    def __init__(
+        self, plan: SharingPlan, pipe, max_rows: int | None, rules: dict[str, str], on_call=None, eta: float = 0.0, generators=None
+    ):
         self.plan, self.pipe, self.on_call = plan, pipe, on_call
+        self._eta, self._generators, self.branch_noise = eta, generators, None
         self.call = 0  # completed calls of scheduler.step
         self.trajectory, self.boundaries = None, None
         self._rules, self._reduce = rules, Reducer(rules)
@@ -103,9 +113,21 @@ class Run:
             boundaries = _boundaries(self.pipe.scheduler, begin)
             self.boundaries = None if boundaries is None else boundaries[:num_calls]
             self._partitions = PlanRows(self.plan.resolve(num_calls, self.boundaries))
+            if self._eta > 0:
+                self._check_branch_noise(begin)
+                self.branch_noise = BranchNoise(self.resolved, self._eta, self._generators)
             first = self._partitions.at(0)
             self._first_step = None if first.trivial else FirstStep(first, self._rules)
         return self._partitions.at(self.call)
+
+    def _check_branch_noise(self, begin: int) -> None:
+        """Refuse a scheduler whose steps have no stochastic form."""
+        try:
+            branch_rows(table_for(self.pipe.scheduler, begin=begin), self._eta)
+        except NotImplementedError as error:
+            raise NotImplementedError(
+                f"branch_noise {self._eta} has no form for this scheduler: {error}; call without branch_noise, or with another solver"
+            ) from error
 
     def representative_of(self, device: torch.device) -> torch.Tensor | None:
         """int64 [B]: the row that each row equals at this call; None when every picture has a row of its own."""

@@ -15,13 +15,14 @@ from typing import Any, NamedTuple
 
 import torch
 
-from sage.calls import Call, Guidance, Schedule, first_call
+from sage.calls import Call, Guidance, Schedule, coefficient_rows, first_call
 from sage.families import RULES
 from sage.graphs import CapturedDenoiser
 from sage.plan import SharingPlan
 from sage.rows import Rows, map_rows
 from sage.sampling_checks import (
     check_alike,
+    check_branch_noise,
     check_conditions,
     check_noise,
     check_start,
@@ -44,6 +45,7 @@ def sample(
     trunk_guidance: str = "mean",
     seeds: torch.Tensor | None = None,
     noise: Callable[[int], torch.Tensor] | None = None,
+    branch_noise: float = 0.0,
     on_call: Callable[[int], None] | None = None,
     on_part: Callable[[int, Trunk], None] | None = None,
     graphs: bool = False,
@@ -71,6 +73,9 @@ def sample(
         seeds: int64 [B], one per leaf: Philox noise inside the kernel (stochastic solvers). A node uses its
             representative's.
         noise: instead of `seeds`: `noise(call)` → [B, ...], the leaves' draws at that call, counted from the table's first.
+        branch_noise: η in [0, 1]: where a group parts, its members take the stochastic form of that step, of this strength and
+            with noise of their own, from `seeds` or `noise` (see `sage_kernels.coefficients.branch_rows`). More diverse members,
+            at the same cost; it keeps the noise level, and the distribution as far as x0 is predicted well.
         on_call: called with R_s after each call; for progress bars.
         on_part: called with (index into `plan.roots`, `sage.Trunk`) when a group that began as one row has come to where it
             parts: what later leaves can join.
@@ -83,10 +88,10 @@ def sample(
         [B, ...], dtype of `x_init`: the denoised latents in the order of the plan's leaves.
 
     Raises:
-        ValueError: rows that do not match the plan, a stochastic table without `seeds` or `noise`, guidance without
-            `negative_conditions`, a trunk made with another table, graphs on a device other than CUDA. Raised before the
-            first denoiser call.
-        NotImplementedError: graphs where gradients are enabled.
+        ValueError: rows that do not match the plan, a stochastic table or branch noise without `seeds` or `noise`, branch noise
+            and `on_part` (a parted member's state is its own), guidance without `negative_conditions`, a trunk made with
+            another table, graphs on a device other than CUDA. Raised before the first denoiser call.
+        NotImplementedError: graphs where gradients are enabled; branch noise with a solver that has no such form.
     """
     leaves, trunk = len(plan.leaves), x_init if isinstance(x_init, Trunk) else None
     check_start(x_init, leaves, table)
@@ -96,14 +101,17 @@ def sample(
     check_trunk_guidance(trunk_guidance)
     check_conditions(conditions, negative_conditions, guidance_scale, guided, leaves)
     check_noise(table, seeds, noise, leaves)
+    check_branch_noise(branch_noise, seeds, noise, on_part)
     captured = denoise if isinstance(denoise, CapturedDenoiser) else CapturedDenoiser(denoise) if graphs else None
     device = x_init.device if trunk is None else trunk.sample.device
     if captured is not None:
         captured.check(device)
-    schedule = Schedule(plan, table, first, Guidance(scales, trunk_guidance) if guided else None, seeds, device)
+    guidance = Guidance(scales, trunk_guidance) if guided else None
+    schedule = Schedule(plan, table, first, guidance, seeds, branch_noise > 0, device)
     calls, rows = schedule.calls, schedule.calls[0].rows
     check_alike(rows, conditions)
-    coefficients, timesteps = table.tensor(device), torch.tensor(table.timesteps[first:], dtype=torch.float32, device=device)
+    coefficients = coefficient_rows(table, branch_noise, device)
+    timesteps = torch.tensor(table.timesteps[first:], dtype=torch.float32, device=device)
     state = _begun(x_init, rows, table, guided) if trunk is None else _joined(trunk, rows, guided)
     negatives = negative_conditions if guided else None
     conditions_of = functools.partial(_condition_rows, conditions, negatives, trunk_guidance)
@@ -129,6 +137,7 @@ def sample(
                 noise=None if noise is None else _drawn(noise, call.number, state.sample, leaves),
                 noise_index=None if noise is None else call.representative,
                 seed=call.seed,
+                call=call.draw,
                 want_denoised=table.history > 0,
                 want_corrected=table.corrector,
                 model_input=call.model_input,

@@ -10,6 +10,7 @@ import torch
 
 from sage.calls import HOW
 from sage.families import RULES
+from sage.plan_checks import fraction
 from sage.rows import Rows
 from sage.trunk import Trunk
 from sage_kernels import CoefficientTable
@@ -86,6 +87,19 @@ def check_noise(table: CoefficientTable, seeds: Any, noise: Any, leaves: int) ->
         raise TypeError(f"seeds must be an int64 tensor [{leaves}], got {type(seeds).__name__}; use torch.tensor(seeds)")
     if seeds is not None and (seeds.dtype != torch.int64 or tuple(seeds.shape) != (leaves,)):
         raise ValueError(f"seeds must be int64 [{leaves}], got {seeds.dtype} {tuple(seeds.shape)}")
+
+
+def check_branch_noise(branch_noise: float, seeds: Any, noise: Any, on_part: Any) -> None:
+    """Refuse a strength out of range, noise that nobody brings, and trunks of groups whose members part with noise."""
+    if fraction(branch_noise, "branch_noise") == 0:
+        return
+    if seeds is None and noise is None:
+        raise ValueError(f"branch_noise {branch_noise} gives every member noise of its own: pass seeds (int64, one per leaf) or noise")
+    if on_part is not None:
+        raise ValueError(
+            f"branch_noise {branch_noise} and on_part exclude each other: what a later leaf could join is the state before its "
+            "members' noise; keep trunks in a run without branch_noise"
+        )
 
 
 def _names(what: str, given: Any, leaves: int) -> list[str]:

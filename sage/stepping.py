@@ -107,12 +107,21 @@ def shared_step(scheduler, base: type, args: tuple, kwargs: dict):
         representative_of = run.representative_of(sample.device)
     trajectory = _trajectory(scheduler, base, model_output, sample, given)
     if trajectory.table is None:
+        _refuse_branch_noise(run, trajectory)
         out = _own_step(scheduler, base, bound, sample, representative_of)
     else:
         out = _table_step(scheduler, base, trajectory, model_output, sample, given, representative_of)
     if run is not None:
         run.advance(trajectory)
     return out
+
+
+def _refuse_branch_noise(run, trajectory: Trajectory) -> None:
+    if run is not None and run.branch_noise is not None:
+        raise NotImplementedError(
+            f"branch_noise {run.branch_noise.eta} needs the coefficient table, which this call leaves ({trajectory.reason}); call "
+            "without branch_noise, or with a solver and arguments that are in the table"
+        )
 
 
 def _trajectory(scheduler, base, model_output, sample, given) -> Trajectory:
@@ -217,17 +226,25 @@ def _table_step(scheduler, base, trajectory: Trajectory, model_output, sample, g
         parent = torch.arange(len(sample), dtype=torch.int32, device=device)
     else:
         parent = representative_of.to(torch.int32)
-    noise = _draw_noise(scheduler, trajectory, model_output, sample, given)
+    noise, noise_index = _draw_noise(scheduler, trajectory, model_output, sample, given), parent
+    coefficients, step = table.tensor(device), trajectory.step_rows(len(sample), device)
+    run = scheduler._sage_run
+    if run is not None and run.branch_noise is not None:
+        branch, call = run.branch_noise, run.call
+        coefficients = branch.coefficients(table, device)
+        step = step + len(table) * torch.from_numpy(branch.kinds(call)).to(step)
+        noise_index = torch.from_numpy(branch.noise_of(call)).to(parent)
+        noise = branch.draw(call, sample) if noise is None else noise
     out = branch_step(
         sample.to(trajectory.dtype).contiguous(),  # a pipeline's loop may hand over views, or channels_last
         model_output.contiguous(),
-        table.tensor(device),
-        trajectory.step_rows(len(sample), device),
+        coefficients,
+        step,
         parent,
         history=tuple(trajectory.history),
         last_sample=trajectory.last_sample,
         noise=noise,
-        noise_index=None if noise is None else parent,
+        noise_index=None if noise is None else noise_index,
         want_denoised=table.history > 0 or _returns_denoised(stock),
         want_corrected=table.corrector,
     )

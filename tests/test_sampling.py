@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from hand_branch import Row, Setting
 from hand_loop import shared_latents
 from spy import FullSizeOps
 from tiny import NEGATIVES, PROMPTS, stable_diffusion
@@ -214,6 +215,79 @@ def test_low_precision_state_stays_low(pipe):
     assert worst(got.float(), Native(pipe, "ddim").run(flat(), guidance_scale=1.0, negative_conditions=None)) < 0.1
 
 
+SCALES = [1.5, 4.0, 5.0, 2.0, 2.5]  # of every leaf
+
+
+@pytest.mark.parametrize("how", ["mean", "representative"])
+@pytest.mark.parametrize("solver", ["dpm++2m", "unipc"])
+def test_every_leaf_has_its_guidance_and_a_trunk_its_members_mean_or_its_representatives(pipe, solver, how):
+    """By hand: the trunk of a group under one scale and one negative condition, every member under its own."""
+    setting, expected = Setting(pipe, solver), [None] * len(PROMPTS)
+    groups, leaders = [[0, 2, 4], [1, 3]], [2, 1]
+    for group, leader in zip(groups, leaders):
+        scale = sum(SCALES[i] for i in group) / len(group) if how == "mean" else SCALES[leader]
+        negative = None if how == "mean" else setting.negatives[leader : leader + 1]
+        trunk = Row(setting, setting.x_init[leader : leader + 1]).run(3, group, guidance=scale, negative=negative)
+        for leaf in group:
+            expected[leaf] = trunk.copy().finish(leaf, guidance=SCALES[leaf])
+    plan = SharingPlan.flat(LEAVES, groups, 0.5, representatives=leaders)
+    results = {way: setting.sample(plan, guidance_scale=torch.tensor(SCALES), trunk_guidance=way) for way in ("mean", "representative")}
+    assert worst(results[how], torch.stack(expected)) <= 2e-6
+    assert worst(*results.values()) > 1e-2
+    assert worst(results[how], setting.sample(plan, trunk_guidance=how)) > 1e-2  # GUIDANCE for everybody
+
+
+def test_one_guidance_for_all_is_the_same_as_a_tensor_of_it(pipe):
+    setting = Setting(pipe, "ddim")
+    assert torch.equal(setting.sample(flat(), guidance_scale=torch.full([5], GUIDANCE)), setting.sample(flat()))
+    unguided = setting.sample(flat(), guidance_scale=torch.ones(5), negative_conditions=None)
+    assert setting.rows[-1] == 5 and worst(unguided, setting.sample(flat())) > 1e-2
+
+
+def test_negative_conditions_of_the_representative_bring_its_mask(pipe):
+    """Masks go with their embeddings: the positive ones united, the negative ones the representative's."""
+    setting, masks = Setting(pipe, "ddim"), torch.eye(5, 7)
+    seen = []
+
+    def denoise(model_input, timestep, conditions):
+        seen.append(conditions["encoder_attention_mask"])
+        return setting.denoise(model_input, timestep, conditions["encoder_hidden_states"])
+
+    def named(tokens):
+        return {"encoder_hidden_states": tokens, "encoder_attention_mask": masks}
+
+    given = dict(negative_conditions=named(setting.negatives), guidance_scale=2.0, trunk_guidance="representative")
+    plan = SharingPlan.flat(LEAVES, [[0, 2, 4]], 0.5, representatives=[2])
+    with torch.no_grad():
+        sage.sample(denoise, plan, setting.table, setting.x_init, named(setting.embeds), **given)
+    positive = torch.stack([masks[[0, 2, 4]].amax(0), masks[1], masks[3]])
+    assert torch.equal(seen[0], torch.cat([masks[[2, 1, 3]], positive]))
+
+
+@pytest.mark.parametrize("solver", ["ddim", "dpm++2m", "unipc"])
+def test_groups_of_different_shares_part_each_at_its_own_call(pipe, solver):
+    """In the native loop and in the hook, against the loop by hand."""
+    setting, expected = Setting(pipe, solver), [None] * len(PROMPTS)
+    for group, calls in (([0, 2, 4], 4), ([1, 3], 2)):
+        trunk = Row(setting, setting.x_init[group[0] : group[0] + 1]).run(calls, group)
+        for leaf in group:
+            expected[leaf] = trunk.copy().finish(leaf)
+    plan = flat([4 / STEPS, 2 / STEPS])
+    assert worst(setting.sample(plan), torch.stack(expected)) <= 2e-6
+    assert setting.rows == [2 * rows for rows in (2, 2, 3, 3, 5, 5)]
+    scheduler, pipe.scheduler = pipe.scheduler, scheduler_of(pipe, solver)
+    try:
+        with sage.enable(pipe, plan) as sharing:
+            gens = [torch.Generator().manual_seed(seed) for seed in SEEDS]
+            options = dict(num_inference_steps=STEPS, guidance_scale=GUIDANCE, output_type="latent")
+            hooked = pipe(PROMPTS, negative_prompt=NEGATIVES, generator=gens, **options).images
+    finally:
+        pipe.scheduler = scheduler
+    assert worst(hooked, torch.stack(expected)) <= 1e-5
+    assert sharing.stats["rows"] == [2, 2, 3, 3, 5, 5]
+    assert worst(setting.sample(flat(3 / STEPS)), torch.stack(expected)) > 1e-2
+
+
 @pytest.mark.parametrize(
     "change, error, message",
     [
@@ -227,6 +301,10 @@ def test_low_precision_state_stays_low(pipe):
         (dict(conditions=torch.zeros(5, 2).long()), TypeError, "conditions is averaged over a group and must have a floating dtype"),
         (dict(guidance_scale=2.0), ValueError, "negative_conditions are required for guidance_scale 2.0"),
         (dict(guidance_scale=float("nan")), ValueError, "guidance_scale must be finite, got nan"),
+        (dict(guidance_scale=torch.ones(4)), ValueError, r"guidance_scale must be a tensor \[5\], one per leaf of the plan, got \(4,\)"),
+        (dict(guidance_scale=torch.full([5], torch.nan)), ValueError, "guidance_scale must be finite, got tensor"),
+        (dict(guidance_scale=[1.0, 2.0]), ValueError, "one for each of the 8 calls, got 2; for one per leaf pass a tensor"),
+        (dict(trunk_guidance="median"), ValueError, "trunk_guidance must be one of 'mean', 'representative', got 'median'"),
         (dict(guidance_scale=2.0, negative_conditions={"text_embeds": torch.zeros(5, 2)}), ValueError, "must have the structure"),
         (dict(seeds=torch.arange(4)), ValueError, r"seeds must be int64 \[5\], got torch.int64 \(4,\)"),
         (dict(seeds=torch.zeros(5)), ValueError, r"seeds must be int64 \[5\], got torch.float32"),

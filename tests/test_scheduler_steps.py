@@ -29,7 +29,7 @@ def noise(seed, shape=SHAPE):
 class Shared:
     """Stands for a shared call in which row i goes on as row `rows[i]`."""
 
-    call, plan = 0, None
+    call, plan, branch_noise = 0, None, None
 
     def __init__(self, rows):
         self.rows, self.steps = torch.tensor(rows), 0

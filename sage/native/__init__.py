@@ -58,6 +58,7 @@ def draw(
     graphs: bool = False,
     trunk: Trunk | None = None,
     on_part: Callable[[int, Trunk], None] | None = None,
+    branch_noise: float = 0.0,
     **call_kwargs,
 ) -> tuple[Any, dict[str, Any], ResolvedPlan]:
     """Draw one picture per leaf of a plan, as the pipeline's own call inside `sage.enable(pipe, plan)` would.
@@ -73,6 +74,7 @@ def draw(
         graphs: replay CUDA graphs of the denoiser's calls, see `sage.sample`.
         trunk: every picture joins it, see `sage.sample`; the plan is followed in the calls that remain.
         on_part: is given the trunk of every group that parts, see `sage.sample`.
+        branch_noise: strength of the noise that members get as they part, drawn as in `sage.enable`.
         call_kwargs: arguments of the pipeline's call.
 
     Returns:
@@ -95,4 +97,5 @@ def draw(
         if given is not None and len(given) != leaves:
             raise ValueError(f"{name} must hold {leaves} entries, one per leaf of the plan, got {len(given)}")
     texts = list(prompts), None if negatives is None else list(negatives)
-    return run(adapter(pipe, call_kwargs), plan, *texts, list(generators), on_call, max_rows, graphs, trunk, on_part)
+    made = adapter(pipe, call_kwargs)
+    return run(made, plan, *texts, list(generators), on_call, max_rows, graphs, trunk, on_part, branch_noise)

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
+from sage.branch_noise import BranchNoise
 from sage.denoiser import Launcher, is_static
 from sage.families import RULES
 from sage.native.base import Adapter, NotNative
@@ -31,6 +32,7 @@ def run(
     graphs: bool,
     trunk: Trunk | None,
     on_part: Callable[[int, Trunk], None] | None,
+    branch_noise: float,
 ) -> tuple[Any, dict[str, Any], ResolvedPlan]:
     """See `sage.native.draw`."""
     pipe = adapter.pipe
@@ -46,10 +48,11 @@ def run(
     conditions, negative_conditions = adapter.encode(prompts, negatives)
     x = adapter.latents(conditions["encoder_hidden_states"].dtype, generators)
     denoiser = _Denoiser(adapter, max_rows, len(plan.leaves))
-    step_noise = _StepNoise(pipe.scheduler, draws, x, options.get("generator"), denoiser) if draws.any() else None
+    branch = BranchNoise(resolved, branch_noise, generators) if branch_noise > 0 else None
+    step_noise = _StepNoise(pipe.scheduler, draws, x, options.get("generator"), denoiser, branch, joined)
     if trunk is not None:
         trunk = _joinable(trunk, x, denoiser)
-        for call in range(joined if step_noise is not None else 0):
+        for call in np.flatnonzero(draws[:joined]):
             step_noise(call)  # what the pictures' generators would have drawn as members of the group
     launches = 0
 
@@ -68,7 +71,8 @@ def run(
         conditions,
         negative_conditions=negative_conditions,
         guidance_scale=adapter.guidance_scale(table.timesteps[joined:].tolist()) if adapter.guided else 1.0,
-        noise=step_noise,
+        noise=step_noise if draws.any() or branch is not None else None,
+        branch_noise=branch_noise,
         on_call=called,
         on_part=on_part,
         graphs=graphs,
@@ -131,23 +135,37 @@ class _Denoiser:
 
 
 class _StepNoise:
-    """`noise` of `sage.sample`: what the scheduler's own `step` would draw, whether or not a coefficient uses it.
+    """`noise` of `sage.sample`: what the scheduler's own `step` would draw, whether or not a coefficient uses it; where that draws
+    nothing, the noise of the members that part.
 
     Args:
         draws: bool [S].
         x: [B, ...] the initial latents.
         generators: the leaves'; None: the pipeline passes none to `step`, and torch's global one draws.
         denoiser: knows the dtype of the model output.
+        branch: draws the noise of members that part; None if they get none.
+        joined: the call at which the plan begins.
     """
 
-    def __init__(self, scheduler, draws: np.ndarray, x: torch.Tensor, generators: list[torch.Generator] | None, denoiser: _Denoiser):
+    def __init__(
+        self,
+        scheduler,
+        draws: np.ndarray,
+        x: torch.Tensor,
+        generators: list[torch.Generator] | None,
+        denoiser: _Denoiser,
+        branch: BranchNoise | None,
+        joined: int,
+    ):
+        self._branch, self._joined = branch, joined
         self._scheduler, self._draws, self._generators, self._denoiser = scheduler, draws, generators, denoiser
         self._nothing, self._dtype = torch.zeros_like(x, dtype=torch.float32), x.dtype
 
     def __call__(self, call: int) -> torch.Tensor:
         """[B, ...]"""
         if not self._draws[call]:
-            return self._nothing
+            drawn = None if self._branch is None else self._branch.draw(call - self._joined, self._nothing)
+            return self._nothing if drawn is None else drawn
         dtype = noise_dtype(self._scheduler, self._dtype, self._denoiser.dtype)
         return randn_tensor(self._nothing.shape, generator=self._generators, device=self._nothing.device, dtype=dtype)
 

@@ -24,6 +24,7 @@ solvers warm up from there, and the rows before it are zero.
 """
 
 from .adams import deis, lms
+from .branch import PARTED, PARTING, branch_rows
 from .consistency import lcm, scm, tcd
 from .flow import flow_euler, flow_euler_ancestral
 from .multistep import dpmpp, edm_dpmpp
@@ -36,7 +37,10 @@ from .vp import ddim, ddpm
 
 __all__ = [
     "COLUMNS",
+    "PARTED",
+    "PARTING",
     "CoefficientTable",
+    "branch_rows",
     "ddim",
     "ddpm",
     "deis",

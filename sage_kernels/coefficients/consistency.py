@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from .convert import denoised_weights, noise_weights
-from .table import CoefficientTable, build, row, schedule
+from .table import CoefficientTable, build, levels, row, schedule
 
 
 @np.errstate(divide="ignore", invalid="ignore")
@@ -43,7 +43,10 @@ def lcm(
         else:  # x0 is clipped before f is taken, so x0 is what is stored
             rows.append(row(p=p, q=q, clip=clip, a=signal * c_skip, b0=signal * c_out, c=noise))
             returned[i] = c_skip, c_out
-    return build("lcm", rows, timesteps, start=start, returned=None if clip is None else returned)
+    after = alphas_cumprod[np.append(steps, steps[-1])]
+    after[last + 1 :] = 1.0
+    known = levels(np.sqrt(after), np.sqrt(1 - after))
+    return build("lcm", rows, timesteps, start=start, returned=None if clip is None else returned, levels=known)
 
 
 @np.errstate(divide="ignore", invalid="ignore")
@@ -101,4 +104,4 @@ def scm(timesteps, *, sigma_data: float = 0.5, start: int = 0) -> CoefficientTab
         row(p=np.cos(now), q=-np.sin(now), b0=np.cos(after), c=sigma_data * np.sin(after))
         for now, after in zip(angles[start:-1], angles[start + 1 :])
     ]
-    return build("scm", rows, calls, start=start)
+    return build("scm", rows, calls, start=start, levels=levels(np.cos(angles), sigma_data * np.sin(angles)))

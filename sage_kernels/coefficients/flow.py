@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .table import CoefficientTable, build, row, schedule
+from .table import CoefficientTable, build, levels, row, schedule
 
 
 def flow_euler(sigmas, timesteps, *, stochastic: bool = False, start: int = 0) -> CoefficientTable:
@@ -24,7 +24,9 @@ def flow_euler(sigmas, timesteps, *, stochastic: bool = False, start: int = 0) -
             rows.append(row(p=1.0, q=-s, a=0.0, b0=1 - n, c=n))
         else:
             rows.append(row(p=0.0, q=1.0, a=1.0, b0=n - s))
-    return build("flow-euler-sde" if stochastic else "flow-euler", rows, timesteps, start=start)
+    clean = (0.0, 1.0) if stochastic else np.stack([np.ones(len(timesteps)), -sigmas[:-1]], axis=1)  # x0 = x - s*y
+    levels_of = levels(1 - sigmas, sigmas, clean=clean)
+    return build("flow-euler-sde" if stochastic else "flow-euler", rows, timesteps, start=start, levels=levels_of)
 
 
 @np.errstate(divide="ignore", invalid="ignore")
@@ -53,4 +55,5 @@ def flow_euler_ancestral(sigmas, timesteps, *, eta: float = 1.0, s_noise: float 
             gain = (1 - n) / (1 - down + 1e-12)
             noise = s_noise * np.sqrt(max(n**2 - down**2 * (1 - n) ** 2 / ((1 - down) ** 2 + 1e-12), 0.0))
         rows.append(row(p=1.0, q=-s, a=gain * down / s, b0=gain * (1 - down / s), c=noise))
-    return build("flow-euler-a", rows, timesteps, start=start)
+    known = np.append(sigmas, np.full(max(len(timesteps) + 1 - len(sigmas), 0), sigmas[-1]))[: len(timesteps) + 1]
+    return build("flow-euler-a", rows, timesteps, start=start, levels=levels(1 - known, known))

@@ -12,7 +12,7 @@ from .convert import (
     model_input_scale,
     phi,
 )
-from .table import CoefficientTable, build, row, schedule
+from .table import CoefficientTable, build, levels, row, schedule
 
 FEW_STEPS = 15  # below this many steps, lower_order_final lowers the order of the last two
 
@@ -57,7 +57,7 @@ def dpmpp(
         p, q = denoised_weights(prediction_type, alphas[i], noise)
         a, b, c = _step(now, alphas[i + 1], noises[i], noises[i + 1], np.diff(lambdas[: i + 2])[::-1], sde, solver_type)
         rows.append(row(p=p, q=q, a=a, b0=b[0], b1=b[1], b2=b[2], c=c))
-    return build(_name("dpm++", order, sde), rows, timesteps, start=start)
+    return build(_name("dpm++", order, sde), rows, timesteps, start=start, levels=levels(alphas, noises))
 
 
 @np.errstate(divide="ignore", invalid="ignore")
@@ -92,7 +92,8 @@ def edm_dpmpp(
         p, q = denoised_weights_edm(prediction_type, sigmas[i], sigma_data)
         a, b, c = _step(now, 1.0, sigmas[i], sigmas[i + 1], np.diff(lambdas[: i + 2])[::-1], sde, solver_type)
         rows.append(row(p=p, q=q, a=a, b0=b[0], b1=b[1], b2=b[2], c=c, s=scale[i + 1]))
-    return build(_name("edm-dpm++", order, sde), rows, timesteps, start=start, input_scale=scale[start])
+    name = _name("edm-dpm++", order, sde)
+    return build(name, rows, timesteps, start=start, input_scale=scale[start], levels=levels(1.0, sigmas))
 
 
 def _name(family: str, order: int, sde: bool) -> str:

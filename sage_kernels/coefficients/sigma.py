@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from .convert import denoised_weights_edm, denoised_weights_scaled, model_input_scale
-from .table import CoefficientTable, build, row, schedule
+from .table import CoefficientTable, build, levels, row, schedule
 
 
 @np.errstate(divide="ignore", invalid="ignore")
@@ -24,7 +24,7 @@ def euler(sigmas, timesteps, prediction_type: str, *, start: int = 0) -> Coeffic
         s, n = sigmas[i], sigmas[i + 1]
         p, q = denoised_weights_scaled(prediction_type, s)
         rows.append(row(p=p, q=q, a=n / s, b0=1 - n / s, s=scale[i + 1]))  # x + (n - s)*(x - x0)/s
-    return build("euler", rows, timesteps, start=start, input_scale=scale[start])
+    return build("euler", rows, timesteps, start=start, input_scale=scale[start], levels=levels(1.0, sigmas))
 
 
 @np.errstate(divide="ignore", invalid="ignore")
@@ -44,7 +44,7 @@ def euler_ancestral(sigmas, timesteps, prediction_type: str, *, start: int = 0) 
         up = n * np.sqrt((s - n) * (s + n)) / s
         down = n**2 / s  # sqrt(n^2 - up^2)
         rows.append(row(p=p, q=q, a=down / s, b0=1 - down / s, c=up, s=scale[i + 1]))
-    return build("euler-a", rows, timesteps, start=start, input_scale=scale[start])
+    return build("euler-a", rows, timesteps, start=start, input_scale=scale[start], levels=levels(1.0, sigmas))
 
 
 @np.errstate(divide="ignore", invalid="ignore")
@@ -64,4 +64,4 @@ def edm_euler(sigmas, timesteps, prediction_type: str, *, sigma_data: float = 0.
         s, n = sigmas[i], sigmas[i + 1]
         p, q = denoised_weights_edm(prediction_type, s, sigma_data)
         rows.append(row(p=p, q=q, a=n / s, b0=1 - n / s, s=scale[i + 1]))
-    return build("edm-euler", rows, timesteps, start=start, input_scale=scale[start])
+    return build("edm-euler", rows, timesteps, start=start, input_scale=scale[start], levels=levels(1.0, sigmas))

@@ -8,7 +8,7 @@ import numpy as np
 
 from .convert import alpha_sigma, denoised_weights, half_log_snr
 from .multistep import gains
-from .table import CoefficientTable, build, row, schedule
+from .table import CoefficientTable, build, levels, row, schedule
 
 
 @np.errstate(divide="ignore", invalid="ignore")
@@ -56,7 +56,8 @@ def dpmpp_singlestep(
     stage = np.append(now[1:] > 1, False).astype(np.int64)
     stage[:start] = 0
     name = f"dpm++{orders.max()}s" + ("-sde" if sde else "")
-    return build(name, rows, timesteps, start=start, stage=stage)
+    begin = np.maximum(np.arange(len(timesteps)) + 1 - now, 0)
+    return build(name, rows, timesteps, start=start, stage=stage, levels=levels(alphas, noises, begin=begin))
 
 
 def _step(alpha: float, sigma_first: float, sigma: float, h: float, nodes: np.ndarray, sde: bool, solver_type: str):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -11,6 +12,17 @@ import torch
 COLUMNS = ("p", "q", "u0", "u1", "u2", "u3", "u4", "u5", "a", "b0", "b1", "b2", "e", "c", "s", "clip")
 _DEFAULTS = {"u0": 1.0, "s": 1.0, "clip": np.inf}
 _READS_HISTORY = {1: ("u3", "b1"), 2: ("u4", "b2"), 3: ("u5",)}  # m_k is read where one of these is not 0
+
+
+class Levels(NamedTuple):
+    """The noise levels of the steps that a table's rows end, x = alpha*x0 + sigma*noise, and the x0 that each row predicts.
+
+    The second row of a two-stage step has the levels of the whole step.
+    """
+
+    begin: np.ndarray  # float64 [S, 2], (alpha, sigma) where the step began
+    end: np.ndarray  # float64 [S, 2], (alpha, sigma) where it ends
+    clean: np.ndarray  # float64 [S, 2], weights of (x, m0) in x0
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,6 +39,7 @@ class CoefficientTable:
         stochastic: some row has c != 0.
         stage: int64 [S]; 0: a step ends with this row, rows may branch after it. 1: mid-step (Heun), they may not.
         returned: float64 [S, 2], weights of (x, m0) in the sample that diffusers' `step` returns beside x'; None: it is m0.
+        levels: None where what is stored is no denoised sample: it would not fit a sample with other noise.
     """
 
     solver: str
@@ -38,6 +51,7 @@ class CoefficientTable:
     stochastic: bool
     stage: np.ndarray
     returned: np.ndarray | None = None
+    levels: Levels | None = None
     _tensors: dict = field(default_factory=dict, init=False, repr=False)
 
     def __len__(self) -> int:
@@ -75,6 +89,7 @@ def build(
     input_scale: float = 1.0,
     stage: np.ndarray | None = None,
     returned: np.ndarray | None = None,
+    levels: Levels | None = None,
 ) -> CoefficientTable:
     """Put zero rows before `start`, refuse rows that are not finite, and read the flags off the coefficients."""
     table = np.zeros((len(timesteps), len(COLUMNS)))
@@ -98,7 +113,22 @@ def build(
         stochastic=used["c"],
         stage=np.zeros(len(timesteps), dtype=np.int64) if stage is None else stage,
         returned=returned,
+        levels=levels,
     )
+
+
+def levels(alphas, sigmas, *, begin: Sequence[int] | None = None, clean=(0.0, 1.0)) -> Levels:
+    """The levels of S steps on a schedule.
+
+    Args:
+        alphas, sigmas: [S + 1], before each step and after the last; one alpha for all is enough.
+        begin: [S], the index of the level where the step that row i ends began; None: i.
+        clean: weights of (x, m0) in x0, [2] or [S, 2].
+    """
+    pairs = np.stack(np.broadcast_arrays(np.asarray(alphas, dtype=np.float64), np.asarray(sigmas, dtype=np.float64)), axis=1)
+    steps = len(pairs) - 1
+    first = pairs[:-1] if begin is None else pairs[np.asarray(begin)]
+    return Levels(first, pairs[1:], np.broadcast_to(np.asarray(clean, dtype=np.float64), (steps, 2)))
 
 
 def schedule(name: str, values, *, length: int | None = None, start: int = 0) -> np.ndarray:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from .convert import denoised_weights_scaled, derivative_weights, model_input_scale
-from .table import CoefficientTable, build, row, schedule
+from .table import CoefficientTable, build, levels, row, schedule
 
 
 @np.errstate(divide="ignore", invalid="ignore")
@@ -48,7 +48,8 @@ def heun(sigmas, timesteps, prediction_type: str, *, clip: float | None = None, 
             else:
                 now = dict(u0=half / n, b0=-half / n, clip=clip)
             rows.append(row(p=p, q=q, **past, **now))  # Alg. 1, line 8:  ... + half*d(x, m0; n)
-    return build("heun", rows, timesteps, start=start, input_scale=scale[start], stage=stage)
+    known = levels(1.0, sigmas, begin=_begin(len(timesteps), start))
+    return build("heun", rows, timesteps, start=start, input_scale=scale[start], stage=stage, levels=known)
 
 
 @np.errstate(divide="ignore", invalid="ignore")
@@ -104,7 +105,8 @@ def _midpoint(solver: str, sigmas, middles, ends, ups, timesteps, prediction_typ
             noise = 0.0 if ups is None else ups[i - 1]
             weights = dict(u0=width * now_x, u1=1.0, a=1.0, e=width * now_y, c=noise)
             rows.append(row(p=p, q=q, s=model_input_scale(sigmas[i + 1]), **weights))
-    return build(solver, rows, timesteps, start=start, input_scale=model_input_scale(sigmas[start]), stage=stage)
+    known = levels(1.0, sigmas, begin=_begin(calls, start))
+    return build(solver, rows, timesteps, start=start, input_scale=model_input_scale(sigmas[start]), stage=stage, levels=known)
 
 
 def flow_heun(sigmas, timesteps, *, start: int = 0) -> CoefficientTable:
@@ -127,4 +129,12 @@ def flow_heun(sigmas, timesteps, *, start: int = 0) -> CoefficientTable:
         else:
             half = (sigmas[i] - sigmas[i - 1]) / 2
             rows.append(row(p=0.0, q=1.0, u0=0.0, u1=1.0, a=1.0, b0=half, b1=half))
-    return build("flow-heun", rows, timesteps, start=start, stage=stage)
+    clean = np.stack([np.ones(len(timesteps)), -sigmas[:-1]], axis=1)  # x0 = x - sigma*y
+    known = levels(1 - sigmas, sigmas, begin=_begin(len(timesteps), start), clean=clean)
+    return build("flow-heun", rows, timesteps, start=start, stage=stage, levels=known)
+
+
+def _begin(calls: int, start: int) -> np.ndarray:
+    """[S]: the call that began the step of each call, first and second stages in turn from `start` on."""
+    numbers = np.arange(calls)
+    return np.where((numbers >= start) & ((numbers - start) % 2 == 1), numbers - 1, numbers)

@@ -8,7 +8,7 @@ from math import factorial
 import numpy as np
 
 from .convert import alpha_sigma, denoised_weights, half_log_snr, phi
-from .table import CoefficientTable, build, row, schedule
+from .table import CoefficientTable, build, levels, row, schedule
 
 
 @np.errstate(divide="ignore", invalid="ignore")
@@ -63,7 +63,7 @@ def unipc(
         b = np.append(b, np.zeros(3 - len(b)))
         rows.append(row(p=p, q=q, a=noises[i + 1] / noises[i], b0=b[0], b1=b[1], b2=b[2], **correction))
         previous = now
-    return build("unipc", rows, timesteps, start=start)
+    return build("unipc", rows, timesteps, start=start, levels=levels(alphas, noises))
 
 
 def _predictor(alpha: float, target: float, nodes: np.ndarray, bh: str) -> np.ndarray:

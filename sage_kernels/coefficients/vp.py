@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from .convert import denoised_weights, noise_weights
-from .table import CoefficientTable, build, row, schedule
+from .table import CoefficientTable, Levels, build, row, schedule
 
 
 @np.errstate(divide="ignore", invalid="ignore")
@@ -49,7 +49,8 @@ def ddim(
             rows.append(
                 row(p=p, q=q, clip=clip, a=direction * eps_x, b0=np.sqrt(P), e=direction * eps_y, c=std)
             )
-    return build("ddim", rows, timesteps, start=start)
+    after = _after(alphas_cumprod, prev_timesteps, final_alpha_cumprod)
+    return build("ddim", rows, timesteps, start=start, levels=_levels(alphas_cumprod[timesteps.astype(int)], after))
 
 
 DDPM_VARIANCES = ("fixed_small", "fixed_small_log", "fixed_large")
@@ -97,4 +98,16 @@ def ddpm(
                 c=std if t > 0 else 0.0,
             )
         )
-    return build("ddpm", rows, timesteps, start=start)
+    after = _after(alphas_cumprod, prev_timesteps, 1.0)
+    return build("ddpm", rows, timesteps, start=start, levels=_levels(alphas_cumprod[timesteps.astype(int)], after))
+
+
+def _after(alphas_cumprod: np.ndarray, prev_timesteps: np.ndarray, final: float) -> np.ndarray:
+    """[S]: alphas_cumprod after each step."""
+    return np.where(prev_timesteps >= 0, alphas_cumprod[np.maximum(prev_timesteps, 0).astype(int)], float(final))
+
+
+def _levels(now: np.ndarray, after: np.ndarray) -> Levels:
+    """From alphas_cumprod before and after each step, [S] each."""
+    pairs = (np.stack([np.sqrt(squared), np.sqrt(1 - squared)], axis=1) for squared in (now, after))
+    return Levels(*pairs, np.tile([0.0, 1.0], (len(now), 1)))
