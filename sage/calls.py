@@ -17,6 +17,15 @@ BRANCH_DRAWS = 1 << 30  # added to a call's number in the counter of branch nois
 HOW = ("mean", "representative")  # what a node's guidance and negative conditions are, of its members'
 
 
+class State(NamedTuple):
+    """What goes from call to call, a row per node; an older part of the history may still have fewer."""
+
+    sample: torch.Tensor  # [R, ...]
+    model_input: torch.Tensor | None  # [k·R, ...]; None after the last call
+    history: tuple[torch.Tensor, ...] = ()  # m1, m2, m3, ...: what the solver stored, newest first
+    last_sample: torch.Tensor | None = None  # [R, ...]
+
+
 class Parting(NamedTuple):
     """A root of the plan that parts after a call, and where its state is then."""
 
@@ -54,7 +63,8 @@ class Call:
         row: of the table.
         number: of the call, from the table's first.
         rows: the nodes that the denoiser is called for.
-        parent, history_parent, step, guidance, seed, draw, model_input: see `branch_step` (there `call` for `draw`), [R_{s+1}].
+        parent, history_parent, step, guidance, seed, draw, model_input: see `branch_step` (there `call` for `draw`), [R_{s+1}];
+            `history_parent` has one for all that the state keeps.
         representative: int32 [R_{s+1}], the leaf whose noise each output row uses.
         partings: the roots that part after it.
     """
@@ -90,8 +100,10 @@ class Schedule:
         guidance: None: the denoiser is called for one row per node.
         seeds: int64 [B]; None: no Philox noise.
         branching: rows that part take the kinds of `branch_rows`; otherwise all take kind 0.
+        back: r, calls that the rows which part are taken back by; see `sage.step_back`.
 
     Attributes:
+        kept: how many stored samples the state keeps: the solver's m1, m2, ..., and r older ones for a step back.
         leaves_plan: the plan as given.
         plan: the plan in denoiser calls.
     """
@@ -105,10 +117,12 @@ class Schedule:
         seeds: torch.Tensor | None,
         branching: bool,
         device: torch.device,
+        back: int = 0,
     ):
         boundaries = [stage == 0 for stage in table.stage[first:]]
         self.leaves_plan, self.plan = plan, plan.resolve(len(table) - first, boundaries)
         self.table, self.first, self.guidance, self.seeds, self.device = table, first, guidance, seeds, device
+        self.back, self.kept = back, table.history + back if table.history else 0
         self.partitions = PlanRows(self.plan)
         partings = _partings(plan, self.plan, boundaries)
         stored = min(first - first_call(table), table.history)  # m1, m2, ... that a trunk brings, a row per node
@@ -117,12 +131,14 @@ class Schedule:
         for s in range(self.plan.num_calls):
             parent = _parent(self.plan, s)
             # m1 has the rows that the state has now, m2 those of a call earlier: one more generation back.
-            ancestors = [parent, *(index[parent] for index in ancestors)][: min(stored + s, table.history)]
+            ancestors = [parent, *(index[parent] for index in ancestors)][: min(stored + s, self.kept)]
             call = Call(self, s, parent, ancestors, kinds_of_rows(self.plan, s) if branching else np.zeros_like(parent))
             for root, row in partings.get(s, ()):
                 rows = [row, *(int(index[row]) for index in ancestors)][: table.history]
                 call.partings.append(Parting(root, row, rows))
             self.calls.append(call)
+            if back and self.plan.branches_after(s):  # a step back leaves all of the history with a row per node
+                ancestors = [np.arange(len(parent))] * len(ancestors)
 
 
 def coefficient_rows(table: CoefficientTable, branch_noise: float, device: torch.device) -> torch.Tensor:
@@ -150,8 +166,9 @@ def kinds_of_rows(plan: ResolvedPlan, s: int) -> np.ndarray:
 
 def _parting(plan: ResolvedPlan, s: int) -> np.ndarray:
     """int64 [R_{s+1}], 0 or 1: whether the node that each output row of call s comes from parts there."""
-    parent = _parent(plan, s)
-    return (np.bincount(parent)[parent] > 1).astype(np.int64) if s < plan.num_calls - 1 else np.zeros_like(parent)
+    parting = np.zeros_like(_parent(plan, s))
+    parting[plan.parted(s)] = 1
+    return parting
 
 
 def _parent(plan: ResolvedPlan, s: int) -> np.ndarray:

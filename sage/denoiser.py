@@ -7,6 +7,7 @@ A call is intercepted outside everything else that is attached to the module: ou
 from __future__ import annotations
 
 import inspect
+import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusers import DiffusionPipeline
 from diffusers.utils import logging
 
 from sage.families import LATENTS
@@ -43,7 +45,7 @@ class Interception:
 
     def __call__(self, *args, **kwargs):
         run = current.get()
-        if run is None or run.name_of(self.module) is None:
+        if run is None or run.name_of(self.module) is None or _calling_scheduler(run.pipe) is not run.pipe.scheduler:
             return self.stock(*args, **kwargs)
         return run.denoise(run.name_of(self.module), self, args, kwargs)
 
@@ -52,24 +54,36 @@ class Interception:
         return (self.compiled or self.module._call_impl)(*args, **kwargs)
 
     @classmethod
-    def install(cls, module: torch.nn.Module) -> None:
+    def install(cls, module: torch.nn.Module) -> Interception:
         """Intercept the module's calls until `remove`; may be nested."""
         with _installing:
             there = module.__dict__.get("_compiled_call_impl")
             if not isinstance(there, cls):
                 there = module.__dict__["_compiled_call_impl"] = cls(module)
             there.users += 1
+            return there
 
-    @classmethod
-    def remove(cls, module: torch.nn.Module) -> None:
-        """Undo one `install`; the last one gives the module back as it was."""
+    def remove(self) -> None:
+        """Undo one `install`; the last one gives the module back as it was, or as somebody else has made it meanwhile."""
         with _installing:
-            there = module.__dict__["_compiled_call_impl"]
-            there.users -= 1
-            if there.users == 0 and there.compiled is None:
-                del module.__dict__["_compiled_call_impl"]
-            elif there.users == 0:
-                module.__dict__["_compiled_call_impl"] = there.compiled
+            self.users -= 1
+            if self.users or self.module.__dict__.get("_compiled_call_impl") is not self:
+                return
+            del self.module.__dict__["_compiled_call_impl"]
+            if self.compiled is not None:
+                self.module.__dict__["_compiled_call_impl"] = self.compiled
+
+
+def _calling_scheduler(pipe) -> Any:
+    """The scheduler of the pipeline whose call is under way innermost: another one may run inside a callback of ours."""
+    frame = sys._getframe(2)
+    while frame is not None:
+        if frame.f_code.co_name == "__call__":
+            caller = frame.f_locals.get("self")
+            if isinstance(caller, DiffusionPipeline):
+                return caller.scheduler
+        frame = frame.f_back
+    return pipe.scheduler
 
 
 class Arguments:

@@ -87,6 +87,13 @@ ROWS_SECOND = ("encoder_hidden_states_llama3",)
 
 # Arguments of a pipeline's call that the latents begin from: members of a group must have the same picture.
 INIT_IMAGES = ("image", "mask_image", "control_image")
+INIT_VIDEOS = ("video", "mask", "mask_video")
+
+# Pipelines, by how their names begin, that take several images for all pictures together.
+REFERENCES = ("Flux2", "QwenImageEditPlus")
+
+# Pipelines whose loop reads what their denoiser's layers left behind, of as many rows as it would have had without sharing.
+UNSHARED = ("StableDiffusionSAG", "StableDiffusionAttendAndExcite", "StableDiffusionXLAttendAndExcite", "LEdits")
 
 # Arguments of a pipeline's call: how many pictures of each prompt, and what has a row per prompt when texts are not given.
 IMAGES_PER_PROMPT = ("num_images_per_prompt", "num_videos_per_prompt")
@@ -97,8 +104,10 @@ def check_rules(rules: Mapping[str, str] | None) -> dict[str, str]:
     """Merge a user's rules over `RULES`.
 
     Raises:
-        ValueError: a rule is none of `HOW`.
+        ValueError: a rule is none of `HOW`. TypeError: no mapping.
     """
+    if rules is not None and not isinstance(rules, Mapping):
+        raise TypeError(f"rules must be a mapping of argument name → rule, got {type(rules).__name__}")
     for name, how in (rules or {}).items():
         if how not in HOW:
             raise ValueError(f"rules[{name!r}] must be one of {', '.join(map(repr, HOW))}, got {how!r}")

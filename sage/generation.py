@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,14 +16,16 @@ from tqdm.auto import tqdm
 from sage import native
 from sage.caches import has_cache
 from sage.embed import embed_prompts
+from sage.generation_checks import check_options, check_pipe_kwargs, check_seeds, is_text, texts_of_pictures
 from sage.grouping import plan_prompts
 from sage.packing import next_pack
-from sage.plan import Leaf, ResolvedPlan, SharingPlan
+from sage.plan import Leaf, SharingPlan
 from sage.plan_checks import fraction, integer, texts
+from sage.records import picture_records, summary
+from sage.request import mismatch
 from sage.scheduler import SageScheduler
 from sage.seeds import seeded
-from sage.request import mismatch
-from sage.sharing import check_options, disable, enable
+from sage.sharing import check_grouping, disable, enable
 from sage.solvers import solver_name
 from sage.trunk import Trunk
 
@@ -43,10 +44,10 @@ class GenerationResult:
             `trunk_seed`, `trunk_prompt` (the representative whose noise the shared steps used), `branch_call` (the denoiser
             call from which it ran alone), `num_calls`, `similarity_to_trunk` (cosine; None for a plan that was passed in).
         plan: the `SharingPlan` that was followed.
-        stats: `nfe`, `nfe_independent`, `saving`, `guidance_copies`, `rows` (per denoiser call, over all packs), `boundaries`
-            (per call, whether a group might part after it; None: after any), `packs`, `launches`, `max_rows` (at the end),
-            `denoise_seconds`, `seconds`, `images_per_second`, `solver`, `solver_path`, `encoder`, `engine` ("native" or "hook"),
-            `engine_reason` (why not native).
+        stats: `nfe`, `nfe_independent`, `saving`, `guidance_copies`, `rows` (of the denoiser calls made, in order, over all packs;
+            those made again by `branch_back` are among them), `boundaries` (per call, whether a group might part after it; None:
+            after any), `packs`, `launches`, `max_rows` (at the end), `denoise_seconds`, `seconds`, `images_per_second`, `solver`,
+            `solver_path`, `encoder`, `engine` ("native" or "hook"), `engine_reason` (why not native).
         trunks: with `keep_trunks`, index into `plan.roots` → the group's `sage.Trunk`, on the CPU; groups that shared nothing
             or never parted have none.
     """
@@ -79,6 +80,7 @@ def generate(
     keep_trunks: bool = False,
     trunk: Trunk | None = None,
     branch_noise: float = 0.0,
+    branch_back: int = 0,
     progress: bool = True,
     on_images: Callable[[list[int], list, list[dict[str, Any]]], None] | None = None,
     **pipe_kwargs,
@@ -112,40 +114,51 @@ def generate(
             `plan` (default: each picture alone) is followed in those that remain. Native loop only; the pipeline, solver,
             number of steps and size must be those that it was made with.
         branch_noise: strength, in [0, 1], of the noise of their own that members get as their group parts, see `sage.enable`.
+        branch_back: denoiser calls that members are taken back by as their group parts, to be noised and make them again on
+            their own, see `sage.sample`; they are counted in the stats. Native loop only.
         progress: show a progress bar over denoiser rows.
         on_images: called after each pack with (indices, images, records), indices in the order asked for.
-        pipe_kwargs: anything else the pipeline's call takes.
+        pipe_kwargs: anything else the pipeline's call takes; `prompt_2` and the like are one for all, or one per prompt.
 
     Returns:
         GenerationResult.
 
     Raises:
         ValueError, TypeError: an argument is out of range or does not fit the others. Raised before any denoiser call.
-        sage.native.NotNative: `engine` is "native" or trunks are asked for, and the native loop does not cover the call.
+        sage.native.NotNative: `engine` is "native", or trunks or `branch_back` are asked for, and the native loop does not cover
+            the call.
     """
     if not isinstance(pipe, DiffusionPipeline):
         raise TypeError(f"pipe must be a diffusers pipeline, got {type(pipe).__name__}")
     if engine not in ENGINES:
         raise ValueError(f"engine must be one of {', '.join(map(repr, ENGINES))}, got {engine!r}")
-    if engine == "hook" and (keep_trunks or trunk is not None):
-        name = "keep_trunks" if keep_trunks else "trunk"
+    branch_back = integer(branch_back, "branch_back", 0)
+    if engine == "hook" and (keep_trunks or trunk is not None or branch_back > 0):
+        name = "keep_trunks" if keep_trunks else "trunk" if trunk is not None else "branch_back"
         raise ValueError(f'{name} needs the native loop, got engine="hook"; use engine="auto" or "native"')
     if fraction(branch_noise, "branch_noise") > 0 and keep_trunks:
         raise ValueError(
             f"branch_noise {branch_noise} and keep_trunks exclude each other: what a later picture could join is the state before "
             "its members' noise; keep trunks in a run without branch_noise"
         )
+    if branch_back > 0 and (keep_trunks or branch_noise > 0):
+        other = "keep_trunks" if keep_trunks else "branch_noise"
+        raise ValueError(f"branch_back {branch_back} and {other} exclude each other, see sage.sample; use one without the other")
     if trunk is not None and not isinstance(trunk, Trunk):
         raise TypeError(f"trunk must be a sage.Trunk, got {type(trunk).__name__}; sage.Trunk.load(path) reads one from a file")
     start = time.perf_counter()
     prompts = texts(prompts, "prompts")
-    _check_pipe_kwargs(pipe, pipe_kwargs)
-    negatives = _check_prompts(prompts, images_per_prompt, seeds, negative_prompt)
+    integer(images_per_prompt, "images_per_prompt", 1)
+    check_options(plan, seed, guidance_scale, num_inference_steps, on_images)
+    check_grouping(share, similarity, max_group_size, max_rows)
+    check_pipe_kwargs(pipe, pipe_kwargs)
+    check_seeds(seeds, len(prompts))
+    given = {"negative_prompt": negative_prompt, **{name: value for name, value in pipe_kwargs.items() if is_text(name)}}
+    picture_texts = texts_of_pictures(given, prompts, images_per_prompt)
     embeddings = None
     if plan is None and trunk is not None:
         plan = SharingPlan.independent([Leaf(prompt, k) for prompt in prompts for k in range(images_per_prompt)])
     if plan is None:
-        check_options(share, similarity, max_group_size, max_rows)
         grouping = dict(share=share, similarity=similarity, max_group_size=max_group_size, images_per_prompt=images_per_prompt)
         embeddings = embed_prompts(prompts, encoder=encoder, pipe=pipe)
         plan = plan_prompts(prompts, embeddings, **grouping)
@@ -154,37 +167,35 @@ def generate(
         raise ValueError(mismatch(asked, [leaf.prompt for leaf in plan.leaves]))
     plan = seeded(plan, seed, seeds, images_per_prompt)
     similarities = None if embeddings is None else trunk_similarities(plan, embeddings.vectors, images_per_prompt)
-    if negatives is not None:
-        negatives = [negative for negative in negatives for _ in range(images_per_prompt)]
-    chosen = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
-    call_kwargs = {**pipe_kwargs, **{name: value for name, value in chosen.items() if value is not None}}
+    chosen = {**pipe_kwargs, "num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
+    call_kwargs = {name: value for name, value in chosen.items() if not is_text(name) and value is not None}
     images: list = [None] * len(plan.leaves)
     records: list = [None] * len(plan.leaves)
     stats: list[dict] = []
     trunks: dict[int, Trunk] = {}
-    loop = _Loop(pipe, engine, call_kwargs, trunk, keep_trunks, branch_noise)
+    loop = _Loop(pipe, engine, call_kwargs, trunk, keep_trunks, branch_noise, branch_back)
     open_roots, copies = list(range(len(plan.roots))), 1 if (guidance_scale or 2) <= 1 else 2
-    with _borrowed(pipe, solver), _Progress(plan, progress) as bar:
+    with _borrowed(pipe, solver), _Progress(plan, branch_back, progress) as bar:
         while open_roots:
             most = len(plan.leaves) if max_rows is None else max(1, max_rows // copies)
             roots = next_pack(plan, open_roots, most, pieces=not loop.whole)
             open_roots = [root for root in open_roots if root not in set(roots)]
             part, indices = plan.subset(roots)
-            part_negatives = None if negatives is None else [negatives[i] for i in indices]
-            made, pack_stats, resolved, kept = loop(part, part_negatives, max_rows, bar.on_call)
+            part_texts = {name: [of_pictures[i] for i in indices] for name, of_pictures in picture_texts.items()}
+            made, pack_stats, resolved, kept = loop(part, part_texts, max_rows, bar.on_call)
             stats.append(pack_stats)
             trunks |= {sorted(roots)[root]: kept_trunk for root, kept_trunk in kept.items()}
             copies = pack_stats["copies_per_launch"]
             max_rows = max_rows if loop.whole else pack_stats["max_rows"]
-            made_records = _records(plan, indices, similarities, negatives, resolved, trunk)
+            made_records = picture_records(plan, indices, similarities, picture_texts.get("negative_prompt"), resolved, trunk)
             for index, image, record in zip(indices, made, made_records):
                 images[index], records[index] = image, record
             if on_images is not None:
                 on_images([int(i) for i in indices], list(made), made_records)
         solver = solver or solver_name(pipe.scheduler)
-    summary = _summary(stats, time.perf_counter() - start, len(images), solver, plan.encoder)
-    summary |= {"engine": loop.engine, "engine_reason": loop.reason}
-    return GenerationResult(images, records, plan, summary, trunks)
+    totals = summary(stats, time.perf_counter() - start, len(images), solver, plan.encoder)
+    totals |= {"engine": loop.engine, "engine_reason": loop.reason}
+    return GenerationResult(images, records, plan, totals, trunks)
 
 
 def trunk_similarities(plan: SharingPlan, vectors: np.ndarray, images: int = 1) -> np.ndarray:
@@ -232,14 +243,21 @@ class _Loop:
         reason: why "auto" chose the hook; "" if it did not.
     """
 
-    def __init__(self, pipe, engine: str, kwargs: dict, trunk: Trunk | None, keep_trunks: bool, branch_noise: float):
+    def __init__(
+        self, pipe, engine: str, kwargs: dict, trunk: Trunk | None, keep_trunks: bool, branch_noise: float, branch_back: int
+    ):
         self.pipe, self.kwargs, self.whole = pipe, kwargs, has_cache(pipe)
         self.engine, self.reason = "hook" if engine == "hook" else "native", ""
-        self._trunk, self._keep_trunks, self._branch_noise = trunk, keep_trunks, branch_noise
-        self._falls_back = engine == "auto" and trunk is None and not keep_trunks
+        self._trunk, self._keep_trunks = trunk, keep_trunks
+        self._branch_noise, self._branch_back = branch_noise, branch_back
+        self._falls_back = engine == "auto" and trunk is None and not keep_trunks and branch_back == 0
 
-    def __call__(self, plan: SharingPlan, negatives: list[str] | None, max_rows: int | None, on_call: Callable):
-        """Returns (images, stats, resolved plan, trunks by root)."""
+    def __call__(self, plan: SharingPlan, texts: dict[str, list[str]], max_rows: int | None, on_call: Callable):
+        """Run the plan's leaves; `texts` has what each is told beside its prompt.
+
+        Returns:
+            (images, stats, resolved plan, trunks by root).
+        """
         prompts = [leaf.prompt for leaf in plan.leaves]
         kept: dict[int, Trunk] = {}
 
@@ -247,18 +265,19 @@ class _Loop:
             kept[root] = replace(trunk.to("cpu"), record=trunk.record | {"pipeline": type(self.pipe).__name__})
 
         options = dict(on_call=on_call, max_rows=max_rows, branch_noise=self._branch_noise)
-        options |= dict(trunk=self._trunk, on_part=keep if self._keep_trunks else None)
+        options |= dict(trunk=self._trunk, on_part=keep if self._keep_trunks else None, branch_back=self._branch_back)
         if self.engine == "native":
+            others = {name: value for name, value in texts.items() if name != "negative_prompt"}
+            negatives = texts.get("negative_prompt")
             try:
-                return *native.draw(self.pipe, plan, prompts, negatives, _generators(plan), **options, **self.kwargs), kept
+                return *native.draw(self.pipe, plan, prompts, negatives, _generators(plan), **options, **self.kwargs, **others), kept
             except native.NotNative as error:  # raised before anything was drawn
                 if not self._falls_back:
                     raise
                 self.engine, self.reason = "hook", str(error)
-        kwargs = self.kwargs if negatives is None else {**self.kwargs, "negative_prompt": negatives}
         with enable(self.pipe, plan, max_rows=None if self.whole else max_rows, branch_noise=self._branch_noise) as sharing:
             sharing.on_call = on_call
-            out = self.pipe(prompts, generator=_generators(plan), **kwargs)
+            out = self.pipe(prompt=prompts, generator=_generators(plan), **texts, **self.kwargs)
         return out[0] if isinstance(out, tuple) else out[next(iter(out))], sharing.stats, sharing.resolved, kept
 
 
@@ -269,13 +288,13 @@ def _generators(plan: SharingPlan) -> list[torch.Generator]:
 class _Progress:
     """A bar over denoiser rows: its length is known as soon as the first call knows the number of denoiser calls."""
 
-    def __init__(self, plan: SharingPlan, enabled: bool):
-        self.plan = plan
+    def __init__(self, plan: SharingPlan, branch_back: int, enabled: bool):
+        self.plan, self.branch_back = plan, branch_back
         self.bar = tqdm(unit="row", disable=not enabled, desc="denoising")
 
     def on_call(self, rows: int, num_calls: int) -> None:
         if self.bar.total is None:
-            self.bar.total = self.plan.cost(num_calls).nfe
+            self.bar.total = self.plan.cost(num_calls, branch_back=self.branch_back).nfe
         self.bar.update(rows)
 
     def __enter__(self) -> _Progress:
@@ -283,99 +302,3 @@ class _Progress:
 
     def __exit__(self, *exc_info) -> None:
         self.bar.close()
-
-
-# What would have to be split over the packs, or is decided by the plan.
-_NOT_FOR_GENERATE = {
-    "generator": "use seed or seeds",
-    "latents": "each picture's come from its seed",
-    "prompt": "prompts are the second argument",
-    "prompt_embeds": "pass prompts",
-    "negative_prompt_embeds": "pass negative_prompt",
-    "num_images_per_prompt": "use images_per_prompt",
-    "image": "only text-to-image pipelines are packed; call the pipeline inside sage.enable",
-    "return_dict": "the result is a GenerationResult",
-    "callback_on_step_end": "call the pipeline inside sage.enable",
-}
-
-
-def _check_pipe_kwargs(pipe, pipe_kwargs: dict) -> None:
-    for name in pipe_kwargs:
-        if name in _NOT_FOR_GENERATE:
-            raise ValueError(f"{name} cannot be passed to sage.generate: {_NOT_FOR_GENERATE[name]}")
-    known = inspect.signature(type(pipe).__call__).parameters
-    unknown = [name for name in pipe_kwargs if name not in known]
-    if unknown:
-        raise TypeError(f"{unknown[0]} is an argument neither of sage.generate nor of {type(pipe).__name__}'s call")
-
-
-def _check_prompts(prompts, images_per_prompt, seeds, negative_prompt) -> list[str] | None:
-    """Refuse bad arguments; returns one negative prompt per prompt, or None."""
-    integer(images_per_prompt, "images_per_prompt", 1)
-    if seeds is not None and len(seeds) != len(prompts):
-        raise ValueError(f"seeds must hold one seed per prompt, {len(prompts)}, got {len(seeds)}")
-    if negative_prompt is None or isinstance(negative_prompt, str):
-        return None if negative_prompt is None else [negative_prompt] * len(prompts)
-    if len(negative_prompt) != len(prompts):
-        raise ValueError(f"negative_prompt must be one for all or one per prompt, {len(prompts)}, got {len(negative_prompt)}")
-    return texts(negative_prompt, "negative_prompt")
-
-
-def _records(
-    plan: SharingPlan, indices, similarities, negatives, resolved: ResolvedPlan, joined: Trunk | None
-) -> list[dict[str, Any]]:
-    """One record per picture of a pack; see `GenerationResult.records`.
-
-    Args:
-        indices: [B'] the pack's leaves in `plan`, in the order of `resolved`'s leaves.
-        resolved: what the pipeline's call followed.
-        joined: the trunk that the pictures joined; the resolved plan then begins where it ends.
-    """
-    root_of = plan.root_of
-    records, before = [], 0 if joined is None else joined.call
-    for row, index in enumerate(map(int, indices)):
-        leaf, root = plan.leaves[index], plan.roots[root_of[index]]
-        branch_call = resolved.branch_call(row)
-        trunk = plan.leaves[root.representative] if branch_call > 0 else leaf  # nothing was shared: its own
-        similar = None if similarities is None else float(similarities[index]) if branch_call > 0 else 1.0
-        trunk_seed, trunk_prompt = (trunk.seed, trunk.prompt) if joined is None else map(joined.record.get, ("seed", "prompt"))
-        records.append(
-            {
-                "index": index,
-                "prompt": leaf.prompt,
-                "negative_prompt": None if negatives is None else negatives[index],
-                "image_index": leaf.image_index,
-                "seed": leaf.seed,
-                "group": int(root_of[index]),
-                "group_size": len(root.members),
-                "trunk_seed": trunk_seed,
-                "trunk_prompt": trunk_prompt,
-                "branch_call": before + branch_call,
-                "num_calls": before + resolved.num_calls,
-                "similarity_to_trunk": similar,
-            }
-        )
-    return records
-
-
-def _summary(packs: list[dict], seconds: float, pictures: int, solver: str, encoder: str) -> dict[str, Any]:
-    """See `GenerationResult.stats`."""
-    nfe, independent = sum(p["nfe"] for p in packs), sum(p["nfe_independent"] for p in packs)
-    calls = max(len(p["rows"]) for p in packs)
-    return {
-        "nfe": nfe,
-        "nfe_independent": independent,
-        "saving": 1 - nfe / independent if independent else 0.0,
-        "guidance_copies": packs[0]["guidance_copies"],
-        "rows": [sum(p["rows"][s] for p in packs if s < len(p["rows"])) for s in range(calls)],
-        "boundaries": packs[0]["boundaries"],
-        "packs": len(packs),
-        "launches": sum(p["launches"] for p in packs),
-        "max_rows": packs[-1]["max_rows"],
-        "denoise_seconds": sum(p["denoise_seconds"] for p in packs),
-        "seconds": seconds,
-        "images_per_second": pictures / seconds,
-        "solver": solver,
-        "solver_path": packs[0]["solver_path"],
-        "encoder": encoder,
-    }

@@ -124,7 +124,8 @@ class Node:
 
 
 class Cost(NamedTuple):
-    """Denoiser rows evaluated with and without sharing, guidance copies not counted; `saving` in [0, 1)."""
+    """Denoiser rows evaluated with and without sharing, guidance copies not counted; `saving` below 1 (and below 0 if steps back
+    cost more than sharing saves)."""
 
     nfe: int
     nfe_independent: int
@@ -282,10 +283,11 @@ class SharingPlan:
             stack.extend((child, max(start, end)) for child in node.children)
         return intervals
 
-    def cost(self, num_calls: int, boundaries: Sequence[bool] | None = None) -> Cost:
-        """Denoiser rows with and without sharing for S calls; guidance copies are counted separately."""
+    def cost(self, num_calls: int, boundaries: Sequence[bool] | None = None, branch_back: int = 0) -> Cost:
+        """Denoiser rows with and without sharing for S calls, those of `branch_back` (see `sage.sample`) included."""
         resolved = self.resolve(num_calls, boundaries)
-        return Cost(resolved.nfe, resolved.nfe_independent, resolved.saving)
+        nfe = sum(resolved.rows_made(integer(branch_back, "SharingPlan.cost: branch_back", 0)))
+        return Cost(nfe, resolved.nfe_independent, 1.0 - nfe / resolved.nfe_independent)
 
     def describe(self, num_calls: int = 20, max_groups: int | None = None) -> str:
         """The plan as text: every group as a tree with prompts, representatives and shares, then the totals."""

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from sage.embed import Embeddings
-from sage.families import CONDITIONS, IMAGES_PER_PROMPT, INIT_IMAGES
+from sage.families import CONDITIONS, IMAGES_PER_PROMPT, INIT_IMAGES, INIT_VIDEOS, REFERENCES
 from sage.grouping import plan_prompts
 from sage.plan import Node, SharingPlan
 
@@ -20,9 +20,9 @@ class Request:
     """The pictures that a call asks for, read off its arguments.
 
     Attributes:
-        prompts: n texts; None when the call gives embeddings.
+        prompts: n texts; None when the call gives none.
         images: pictures of each prompt.
-        pictures: [n] what identifies the images that a prompt's pictures begin from; all equal when there are none.
+        pictures: [n · images] what identifies the images that a picture begins from; empty when all begin from the same.
     """
 
     def __init__(self, pipe, given: Mapping[str, Any]):
@@ -30,10 +30,11 @@ class Request:
         self.prompts = [prompts] if isinstance(prompts, str) else None if prompts is None else list(prompts)
         self.images = next((given[name] for name in IMAGES_PER_PROMPT if given.get(name)), 1)
         self.count = len(self.prompts) if self.prompts is not None else _rows(given)  # n; None when nothing tells
-        multi = hasattr(getattr(pipe, "controlnet", None), "nets")  # several ControlNets: a list of images is one for each of them
-        names = [] if multi or self.count is None else INIT_IMAGES
-        keys = [_identities(given.get(name), self.count) for name in names]
-        self.pictures = list(zip(*keys)) if keys else []
+        self.names = _init_images(pipe, given)
+        keys = [_of_pictures(_identities(given[name]), (self.count or 0) * self.images) for name in self.names]
+        self.pictures = list(zip(*keys))
+        if len(set(self.pictures)) <= 1:
+            self.pictures = []
 
     def check(self, plan: SharingPlan) -> None:
         """Refuse a plan that was not made for this call.
@@ -49,9 +50,9 @@ class Request:
         elif self.count is not None and self.count * self.images != len(planned):
             raise ValueError(f"plan is for {len(planned)} pictures, but the call asks for {self.count * self.images}")
         for members in (root.members for root in plan.roots if self.pictures and root.until > 0):
-            first = self.pictures[members[0] // self.images]
+            first = self.pictures[members[0]]
             for member in members:
-                differing = [n for n, a, b in zip(INIT_IMAGES, first, self.pictures[member // self.images]) if a != b]
+                differing = [name for name, a, b in zip(self.names, first, self.pictures[member]) if a != b]
                 if differing:
                     raise ValueError(
                         f"{differing[0]} differs between pictures {members[0]} and {member}, which the plan puts into one group: "
@@ -61,13 +62,14 @@ class Request:
     def plan(self, embeddings: Embeddings, options: dict) -> SharingPlan:
         """The flat plan of this call; only prompts that begin from the same image share."""
         options = dict(images_per_prompt=self.images, **options)
-        kinds = sorted(set(self.pictures), key=self.pictures.index)
+        of_prompts = [tuple(self.pictures[i * self.images : (i + 1) * self.images]) for i in range(len(self.prompts))]
+        kinds = list(dict.fromkeys(of_prompts))
         if len(kinds) <= 1:
             return plan_prompts(self.prompts, embeddings, **options)
         whole = plan_prompts(self.prompts, embeddings, **{**options, "share": 0.0})
         roots: list[Node] = []
         for kind in kinds:
-            of_kind = [i for i, picture in enumerate(self.pictures) if picture == kind]
+            of_kind = [i for i, pictures in enumerate(of_prompts) if pictures == kind]
             part = plan_prompts([self.prompts[i] for i in of_kind], _some(embeddings, of_kind), **options)
             leaves = [i * self.images + k for i in of_kind for k in range(self.images)]
             roots += [_moved(root, leaves) for root in part.roots]
@@ -98,13 +100,39 @@ def _moved(node: Node, leaves: Sequence[int]) -> Node:
     return Node(members, leaves[node.representative], node.until, tuple(_moved(child, leaves) for child in node.children))
 
 
-def _identities(value: Any, count: int) -> list[str]:
-    """[n]: a text for each prompt's image, equal where the images are; all "" where there is one image for all, or none."""
-    rows = torch.is_tensor(value) or isinstance(value, np.ndarray)
-    per_prompt = isinstance(value, (list, tuple)) or (rows and value.ndim >= 4)
-    if not per_prompt or len(value) != count:
-        return [""] * count
-    return [_identity(item) for item in value]
+def _init_images(pipe, given: Mapping[str, Any]) -> list[str]:
+    """The arguments of this call that pictures begin from and that may hold one image for each."""
+    names = [name for name in (*INIT_IMAGES, *INIT_VIDEOS) if given.get(name) is not None]
+    if type(pipe).__name__.startswith(REFERENCES):
+        names = []  # several images for all pictures together
+    elif hasattr(getattr(pipe, "controlnet", None), "nets"):  # several ControlNets: a list has an image for each of them
+        names = [name for name in names if name != ("control_image" if "control_image" in given else "image")]
+    return [name for name in names if _is_batch(given[name], name in INIT_VIDEOS)]
+
+
+def _is_batch(value: Any, video: bool) -> bool:
+    """Whether an argument holds several images (or videos), rather than one."""
+    if torch.is_tensor(value) or isinstance(value, np.ndarray):
+        return value.ndim >= (5 if video else 4) and len(value) > 1
+    if not isinstance(value, (list, tuple)) or len(value) < 2:
+        return False
+    return not video or isinstance(value[0], (list, tuple)) or getattr(value[0], "ndim", 0) >= 4
+
+
+def _of_pictures(identities: list[str], count: int) -> list[tuple[str, ...]]:
+    """[count]: which image each picture begins from, where pipelines either repeat the list or repeat its items.
+
+    Two pictures are alike only if they are in both layouts; where the numbers do not fit, none are.
+    """
+    images = len(identities)
+    if count % images:
+        return [(str(picture),) for picture in range(count)]
+    return [(identities[picture % images], identities[picture * images // count]) for picture in range(count)]
+
+
+def _identities(images: Any) -> list[str]:
+    """A text for each image, equal where the images are."""
+    return [_identity(image) for image in images]
 
 
 def _identity(image: Any) -> str:

@@ -69,6 +69,25 @@ class ResolvedPlan:
         first = [members[0] for members in self.members[call + 1]]
         return self.labels(call)[first]
 
+    def parted(self, call: int) -> np.ndarray:
+        """int64 [n]: the rows of call + 1 that come from a node which parts between the two; none after the last call."""
+        if self._call(call) == self.num_calls - 1:
+            return np.zeros(0, dtype=np.int64)
+        parent = self.parent(call)
+        return np.flatnonzero(np.bincount(parent)[parent] > 1)
+
+    def rows_made(self, branch_back: int = 0) -> list[int]:
+        """Rows of every denoiser call made, in order, where the rows that part step back by `branch_back` calls.
+
+        Each call s has R_s; where nodes part after it, the last min(branch_back, s + 1) calls are then made again for `parted(s)`.
+        """
+        made = []
+        for call, rows in enumerate(self.rows):
+            made.append(rows)
+            if self.branches_after(call):
+                made += [len(self.parted(call))] * min(branch_back, call + 1)
+        return made
+
     def branches_after(self, call: int) -> bool:
         """Whether rows multiply between this call and the next."""
         call = self._call(call)

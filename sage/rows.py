@@ -99,6 +99,8 @@ class Rows:
         """A list of k·B tensors → k·R. They may differ in length: a mean goes over the members that reach so far."""
         if how in ("representative", "alike"):
             return [rows[i] for i in self._index(self.representatives, copies, self.num_leaves, torch.device("cpu"))]
+        if how not in ("mean", "masked mean") or not all(torch.is_tensor(row) for row in rows):
+            raise ValueError(f'a list of {type(rows[0]).__name__} cannot be reduced by "{how}"; use "alike" or "representative"')
         shifted = ([leaf + c * self.num_leaves for leaf in leaves] for c in range(copies) for leaves in self.members)
         return [_ragged_mean([rows[i] for i in members]) for members in shifted]
 
@@ -161,9 +163,9 @@ def _map(name: str, value: Any, siblings: Mapping[str, Any], batch: int, rules, 
         raise ValueError(f"the denoiser's argument {name!r} carries state from call to call that sage cannot share: call without it")
     if isinstance(value, Mapping):
         return {key: _map(key if isinstance(key, str) else name, value[key], value, batch, rules, apply) for key in value}
-    if isinstance(value, (list, tuple)) and name not in ROW_LISTS:
+    if isinstance(value, (list, tuple)) and not (name in ROW_LISTS or (len(value) == batch and not _hold_tensors(value))):
         return type(value)(_map(name, item, siblings, batch, rules, apply) for item in value)
-    if not isinstance(value, (list, tuple)) and (not torch.is_tensor(value) or value.ndim == 0):
+    if not isinstance(value, (list, tuple)) and (not isinstance(value, (torch.Tensor, np.ndarray)) or value.ndim == 0):
         return value
     if name in ROWS_SECOND:
         return _map_rows_second(name, value, batch, rules, apply)
@@ -181,10 +183,22 @@ def _map(name: str, value: Any, siblings: Mapping[str, Any], batch: int, rules, 
     if rows != batch:
         raise ValueError(
             f"the denoiser's argument {name!r} must have {batch} rows, one per latent, to be reduced by \"{how}\", got "
-            f"{'shape ' + str(tuple(value.shape)) if torch.is_tensor(value) else str(rows) + ' rows'}; pass "
-            f'rules={{{name!r}: "never batched"}} to sage.enable if its rows are not the batch\'s'
+            f"{'shape ' + str(tuple(value.shape)) if torch.is_tensor(value) else str(rows) + ' rows'}"
+            + _advice(name, rows, batch)
         )
+    if isinstance(value, np.ndarray):
+        raise ValueError(f"the denoiser's argument {name!r} must be a torch tensor to be reduced by \"{how}\", got a NumPy array")
     return apply(name, value, how, _mask_of(name, siblings) if how == "masked mean" else None)
+
+
+def _advice(name: str, rows: int, batch: int) -> str:
+    if rows % batch == 0:
+        return f": {rows // batch} for each latent (frames?), which sage cannot share; share nothing in this pipeline"
+    return f'; pass rules={{{name!r}: "never batched"}} to sage.enable if its rows are not the batch\'s'
+
+
+def _hold_tensors(items: Sequence[Any]) -> bool:
+    return any(item is None or isinstance(item, (torch.Tensor, Mapping, list, tuple)) for item in items)
 
 
 def _map_rows_second(name: str, value: torch.Tensor, batch: int, rules, apply) -> torch.Tensor:

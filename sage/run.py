@@ -13,7 +13,7 @@ from diffusers.utils import logging
 from sage.branch_noise import BranchNoise
 from sage.caches import Caches
 from sage.denoiser import Arguments, Interception, Launcher, Reducer, current, is_static
-from sage.families import ADAPTERS, DENOISERS
+from sage.families import ADAPTERS, DENOISERS, UNSHARED
 from sage.plan import SharingPlan
 from sage.rows import PlanRows, Rows, map_outputs
 from sage.scheduler import diffusers_class, sage_class
@@ -65,33 +65,32 @@ class Run:
         scheduler = self.pipe.scheduler
         if scheduler.__dict__.get("_sage_run") is not None:
             raise RuntimeError(
-                f"{type(self.pipe).__name__} was called inside a call of a pipeline with the same scheduler object while "
-                "sharing is on; give one of them a scheduler of its own (copy.deepcopy)"
+                f"{type(self.pipe).__name__} was called while a shared call on the same scheduler object is under way (inside a callback "
+                "of it, or in another thread); give one of them a scheduler of its own (copy.deepcopy)"
             )
-        stock_class, token = type(scheduler), current.set(self)
-        num_timesteps = self.pipe.__dict__.pop("_num_timesteps", None)  # the last call's
-        modules = []
-        try:
-            scheduler.__class__ = sage_class(diffusers_class(stock_class))
-            scheduler._sage_run = self
-            scheduler._sage_trajectory = None
+        if "step" in scheduler.__dict__:
+            raise RuntimeError(
+                f"{type(scheduler).__name__}.step was replaced on this object, where sage cannot follow the plan; override it in a subclass"
+            )
+        with contextlib.ExitStack() as undo:
+            undo.callback(current.reset, current.set(self))
+            num_timesteps = self.pipe.__dict__.pop("_num_timesteps", None)  # the last call's
+            if num_timesteps is not None:
+                undo.callback(self.pipe.__dict__.setdefault, "_num_timesteps", num_timesteps)
+            undo.callback(setattr, scheduler, "__class__", type(scheduler))
+            undo.callback(scheduler.__dict__.pop, "_sage_run", None)
+            undo.callback(scheduler.__dict__.pop, "_sage_trajectory", None)
+            scheduler.__class__ = sage_class(diffusers_class(type(scheduler)))
+            scheduler._sage_run, scheduler._sage_trajectory = self, None
+            modules = []
             for name in DENOISERS:
                 module = getattr(self.pipe, name, None)
                 if isinstance(module, torch.nn.Module) and id(module) not in self._denoisers:
-                    Interception.install(module)
+                    undo.callback(Interception.install(module).remove)
                     modules.append(module)
                     self._denoisers[id(module)] = name
-            with self._caches.installed(modules):
-                yield self
-        finally:
-            for module in modules:
-                Interception.remove(module)
-            scheduler.__dict__.pop("_sage_run", None)
-            scheduler.__dict__.pop("_sage_trajectory", None)
-            scheduler.__class__ = stock_class
-            if num_timesteps is not None:
-                self.pipe.__dict__.setdefault("_num_timesteps", num_timesteps)
-            current.reset(token)
+            undo.enter_context(self._caches.installed(modules))
+            yield self
 
     def name_of(self, module: torch.nn.Module) -> str | None:
         """The pipeline's attribute that holds a denoiser; None for another pipeline's."""
@@ -113,6 +112,11 @@ class Run:
             boundaries = _boundaries(self.pipe.scheduler, begin)
             self.boundaries = None if boundaries is None else boundaries[:num_calls]
             self._partitions = PlanRows(self.plan.resolve(num_calls, self.boundaries))
+            if self.resolved.saving > 0 and type(self.pipe).__name__.startswith(UNSHARED):
+                raise ValueError(
+                    f"{type(self.pipe).__name__} reads what its denoiser's layers left behind, a row for every picture: it cannot share; "
+                    "use share=0"
+                )
             if self._eta > 0:
                 self._check_branch_noise(begin)
                 self.branch_noise = BranchNoise(self.resolved, self._eta, self._generators)
@@ -152,13 +156,14 @@ class Run:
                 f"{name}.step was called {self.call + 1} times, but {type(self.pipe).__name__} called no denoiser of "
                 f"{', '.join(DENOISERS)} since the last: the plan counts one step per denoiser call"
             )
-        if self._first_step is not None:
-            self._first_step.check(model_output, sample)
+        if self._first_step is not None and self._first_step.check(model_output, sample):
             self._first_step = None
 
     def advance(self, trajectory) -> None:
         """`scheduler.step` has completed a call."""
         rows, entered = self.rows().num_nodes, self._entered
+        if self._first_step is not None and self.resolved.branches_after(self.call):
+            self._first_step = None
         self._counted.append((rows, sum(copies for name, copies in entered if name not in ADAPTERS)))
         self._entered = []
         if self.on_call is not None:
@@ -264,4 +269,4 @@ def _boundaries(scheduler, begin: int) -> list[bool] | None:
         stage = table_for(scheduler, begin=begin).stage[begin:]
     except NotInTable:
         return None
-    return [number == 0 for number in stage] if any(stage) else None
+    return [bool(number == 0) for number in stage] if any(stage) else None

@@ -11,17 +11,18 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
-from sage.calls import Call, Guidance, Schedule, coefficient_rows, first_call
+from sage.calls import Call, Guidance, Schedule, State, coefficient_rows, first_call
 from sage.families import RULES
 from sage.graphs import CapturedDenoiser
 from sage.plan import SharingPlan
 from sage.rows import Rows, map_rows
 from sage.sampling_checks import (
     check_alike,
+    check_branch_back,
     check_branch_noise,
     check_conditions,
     check_noise,
@@ -29,6 +30,7 @@ from sage.sampling_checks import (
     check_trunk_guidance,
     guidance_scales,
 )
+from sage.step_back import StepBack
 from sage.trunk import Fingerprint, Trunk
 from sage_kernels import CoefficientTable, branch_step
 
@@ -46,6 +48,7 @@ def sample(
     seeds: torch.Tensor | None = None,
     noise: Callable[[int], torch.Tensor] | None = None,
     branch_noise: float = 0.0,
+    branch_back: int = 0,
     on_call: Callable[[int], None] | None = None,
     on_part: Callable[[int, Trunk], None] | None = None,
     graphs: bool = False,
@@ -76,7 +79,12 @@ def sample(
         branch_noise: η in [0, 1]: where a group parts, its members take the stochastic form of that step, of this strength and
             with noise of their own, from `seeds` or `noise` (see `sage_kernels.coefficients.branch_rows`). More diverse members,
             at the same cost; it keeps the noise level, and the distribution as far as x0 is predicted well.
-        on_call: called with R_s after each call; for progress bars.
+        branch_back: r, denoiser calls that the members of a group are taken back by where it parts: each is noised, from `seeds`
+            or `noise`, to the level of r calls earlier (at the earliest the run's first), and makes these calls again under its
+            own conditions (see `sage.step_back`). More diverse members, for r calls each at every parting;
+            `SharingPlan.cost(..., branch_back=r)` counts them. `noise` is asked for these draws too, with numbers from
+            `len(table)` on (`sage.step_back.draw_number`), and the state keeps r older stored samples.
+        on_call: called with the rows after each denoiser call: R_s, or those made again; for progress bars.
         on_part: called with (index into `plan.roots`, `sage.Trunk`) when a group that began as one row has come to where it
             parts: what later leaves can join.
         graphs: capture the denoiser calls of this run as CUDA graphs, one per row count, and replay them: for a denoiser that
@@ -88,10 +96,11 @@ def sample(
         [B, ...], dtype of `x_init`: the denoised latents in the order of the plan's leaves.
 
     Raises:
-        ValueError: rows that do not match the plan, a stochastic table or branch noise without `seeds` or `noise`, branch noise
-            and `on_part` (a parted member's state is its own), guidance without `negative_conditions`, a trunk made with
-            another table, graphs on a device other than CUDA. Raised before the first denoiser call.
-        NotImplementedError: graphs where gradients are enabled; branch noise with a solver that has no such form.
+        ValueError: rows that do not match the plan, a stochastic table, branch noise or a step back without `seeds` or `noise`,
+            branch noise or a step back and `on_part` (a parted member's state is its own), a step back and branch noise or
+            graphs, guidance without `negative_conditions`, a trunk made with another table, graphs on a device other than CUDA.
+            Raised before the first denoiser call.
+        NotImplementedError: graphs where gradients are enabled; branch noise or a step back with a solver that has no such form.
     """
     leaves, trunk = len(plan.leaves), x_init if isinstance(x_init, Trunk) else None
     check_start(x_init, leaves, table)
@@ -102,12 +111,15 @@ def sample(
     check_conditions(conditions, negative_conditions, guidance_scale, guided, leaves)
     check_noise(table, seeds, noise, leaves)
     check_branch_noise(branch_noise, seeds, noise, on_part)
+    check_branch_back(
+        branch_back, table, branch_noise, seeds, noise, on_part, captured=graphs or isinstance(denoise, CapturedDenoiser)
+    )
     captured = denoise if isinstance(denoise, CapturedDenoiser) else CapturedDenoiser(denoise) if graphs else None
     device = x_init.device if trunk is None else trunk.sample.device
     if captured is not None:
         captured.check(device)
     guidance = Guidance(scales, trunk_guidance) if guided else None
-    schedule = Schedule(plan, table, first, guidance, seeds, branch_noise > 0, device)
+    schedule = Schedule(plan, table, first, guidance, seeds, branch_noise > 0, device, branch_back)
     calls, rows = schedule.calls, schedule.calls[0].rows
     check_alike(rows, conditions)
     coefficients = coefficient_rows(table, branch_noise, device)
@@ -116,6 +128,8 @@ def sample(
     negatives = negative_conditions if guided else None
     conditions_of = functools.partial(_condition_rows, conditions, negatives, trunk_guidance)
     run = _Eager(denoise if captured is None else captured.denoise, timesteps, [call.rows for call in calls], conditions_of)
+    draw = None if noise is None else functools.partial(_drawn, noise, leaves=leaves)
+    step_back = StepBack(schedule, run.denoise, run.condition_rows, draw, on_call) if branch_back > 0 else None
     replays = contextlib.nullcontext(run)
     if captured is not None:
         replays = captured.run(run, state.sample, state.model_input, [len(call.parent) for call in calls], table)
@@ -131,11 +145,11 @@ def sample(
                 call.parent,
                 uncond_output=uncond,
                 guidance=call.guidance,
-                history=state.history,
-                history_parent=call.history_parent,
+                history=state.history[: table.history],
+                history_parent=call.history_parent[: table.history],
                 last_sample=state.last_sample,
-                noise=None if noise is None else _drawn(noise, call.number, state.sample, leaves),
-                noise_index=None if noise is None else call.representative,
+                noise=None if draw is None else draw(call.number, state.sample),
+                noise_index=None if draw is None else call.representative,
                 seed=call.seed,
                 call=call.draw,
                 want_denoised=table.history > 0,
@@ -143,31 +157,24 @@ def sample(
                 model_input=call.model_input,
                 out=run.out(s),
             )
-            state = _State(out.sample, out.model_input, (out.denoised, *state.history)[: table.history], out.corrected)
+            state = State(out.sample, out.model_input, (out.denoised, *state.history)[: schedule.kept], out.corrected)
             if on_part is not None:
                 _keep(state, call, schedule, on_part)
             if on_call is not None:
                 on_call(call.rows.num_nodes)
+            if step_back is not None:
+                state = step_back(s, state)
     return state.sample
 
 
-class _State(NamedTuple):
-    """What goes from call to call, a row per node; an older part of the history may still have fewer."""
-
-    sample: torch.Tensor  # [R, ...]
-    model_input: torch.Tensor | None  # [k·R, ...]; None after the last call
-    history: tuple[torch.Tensor, ...] = ()  # m1, m2, m3: what the solver stored, newest first
-    last_sample: torch.Tensor | None = None  # [R, ...]
-
-
-def _begun(x_init: torch.Tensor, rows: Rows, table: CoefficientTable, guided: bool) -> _State:
+def _begun(x_init: torch.Tensor, rows: Rows, table: CoefficientTable, guided: bool) -> State:
     """The first state: every node has its representative's latents."""
     x = x_init.index_select(0, rows.representatives.to(x_init.device))
     model_input = x * table.input_scale
-    return _State(x, torch.cat([model_input, model_input]) if guided else model_input)
+    return State(x, torch.cat([model_input, model_input]) if guided else model_input)
 
 
-def _joined(trunk: Trunk, rows: Rows, guided: bool) -> _State:
+def _joined(trunk: Trunk, rows: Rows, guided: bool) -> State:
     """The first state of leaves that join: every node has the trunk's."""
 
     def spread(one: torch.Tensor, copies: int = 1) -> torch.Tensor:
@@ -175,10 +182,10 @@ def _joined(trunk: Trunk, rows: Rows, guided: bool) -> _State:
 
     last_sample = None if trunk.last_sample is None else spread(trunk.last_sample)
     model_input = spread(trunk.model_input, 2 if guided else 1)
-    return _State(spread(trunk.sample), model_input, tuple(map(spread, trunk.history)), last_sample)
+    return State(spread(trunk.sample), model_input, tuple(map(spread, trunk.history)), last_sample)
 
 
-def _keep(state: _State, call: Call, schedule: Schedule, on_part: Callable[[int, Trunk], None]) -> None:
+def _keep(state: State, call: Call, schedule: Schedule, on_part: Callable[[int, Trunk], None]) -> None:
     """Hand over copies of the groups that part after a call."""
     plan = schedule.leaves_plan
     for root, row, history in call.partings:
@@ -214,7 +221,11 @@ class _Eager:
         return self._condition_rows
 
     def __call__(self, s: int, model_input: torch.Tensor) -> torch.Tensor:
-        return self._denoise(model_input, self.timesteps[s], self.condition_rows(s))
+        return self.denoise(s, model_input, self.condition_rows(s))
+
+    def denoise(self, s: int, model_input: torch.Tensor, condition_rows: Any) -> torch.Tensor:
+        """The model output of call s for any rows, under conditions that are given."""
+        return self._denoise(model_input, self.timesteps[s], condition_rows)
 
     def out(self, s: int) -> None:
         """Where `branch_step` writes after call s: into new memory."""

@@ -10,7 +10,7 @@ import torch
 
 from sage.calls import HOW
 from sage.families import RULES
-from sage.plan_checks import fraction
+from sage.plan_checks import fraction, integer
 from sage.rows import Rows
 from sage.trunk import Trunk
 from sage_kernels import CoefficientTable
@@ -99,6 +99,30 @@ def check_branch_noise(branch_noise: float, seeds: Any, noise: Any, on_part: Any
         raise ValueError(
             f"branch_noise {branch_noise} and on_part exclude each other: what a later leaf could join is the state before its "
             "members' noise; keep trunks in a run without branch_noise"
+        )
+
+
+def check_branch_back(
+    branch_back: int, table: CoefficientTable, branch_noise: float, seeds: Any, noise: Any, on_part: Any, captured: bool
+) -> None:
+    """Refuse a step back that is no whole number, that nobody brings noise for, that others exclude, and solvers without one."""
+    if integer(branch_back, "branch_back", 0) == 0:
+        return
+    if seeds is None and noise is None:
+        raise ValueError(f"branch_back {branch_back} gives every member noise of its own: pass seeds (int64, one per leaf) or noise")
+    excluded = {
+        "branch_noise": (branch_noise > 0, "both give a member its noise where its group parts; choose one"),
+        "on_part": (on_part is not None, "a later leaf would join without a step back; keep trunks in a run without branch_back"),
+        "graphs": (captured, "the calls made again have rows of their own; pass graphs=False, and no sage.CapturedDenoiser"),
+    }
+    for name, (given, reason) in excluded.items():
+        if given:
+            raise ValueError(f"branch_back {branch_back} and {name} exclude each other: {reason}")
+    if table.levels is None or table.stage.any():
+        reason = "what it stores is no denoised sample" if table.levels is None else "its steps have several denoiser calls"
+        raise NotImplementedError(
+            f"branch_back {branch_back} has no form for {table.solver}: {reason}; take ddim, ddpm, euler, euler-a, dpm++2m, dpm++3m, "
+            "dpm++2m-sde, unipc or flow-euler, for example"
         )
 
 

@@ -71,7 +71,7 @@ def enable(
         raise TypeError(f"{type(pipe).__name__} has no denoiser that sage knows (looked for {', '.join(DENOISERS)})")
     if plan is not None and not isinstance(plan, SharingPlan):
         raise TypeError(f"plan must be a sage.SharingPlan or None, got {type(plan).__name__}")
-    check_options(share, similarity, max_group_size, max_rows)
+    check_grouping(share, similarity, max_group_size, max_rows)
     branch_noise = fraction(branch_noise, "branch_noise")
     rules = check_rules(rules)
     disable(pipe)
@@ -123,6 +123,9 @@ class Sharing:
             self.pipe.__class__ = type(self.pipe).__mro__[1]
 
     def __enter__(self) -> Sharing:
+        if self.pipe.__dict__.get("_sage_sharing") is not self:  # entered again
+            disable(self.pipe)
+            self.attach()
         return self
 
     def __exit__(self, *exc_info) -> None:
@@ -132,6 +135,7 @@ class Sharing:
         """One call of the pipeline under a plan."""
         given = inspect.signature(base_call).bind_partial(self.pipe, *args, **kwargs)
         given.apply_defaults()
+        self.stats, self.resolved = {}, None
         self.plan = self._plan_call(given.arguments)
         generators = given.arguments.get("generator")
         run = Run(self.plan, self.pipe, self._max_rows, self._rules, self.on_call, self._branch_noise, generators)
@@ -150,14 +154,14 @@ class Sharing:
             asked.check(self._fixed_plan)
             return self._fixed_plan
         if asked.prompts is None:
-            raise ValueError("the call gives embeddings and no prompt: there is no text to group by; pass plan= to sage.enable")
+            raise ValueError("the call gives no prompt: there is no text to group by; pass plan= to sage.enable")
         if self._last is None or self._last[0] != (asked.prompts, asked.images, asked.pictures):
             embeddings = embed_prompts(asked.prompts, encoder=self._encoder, pipe=self.pipe)
             self._last = (asked.prompts, asked.images, asked.pictures), asked.plan(embeddings, self._options)
         return self._last[1]
 
 
-def check_options(share: float, similarity: float, max_group_size: int, max_rows: int | None = None) -> None:
+def check_grouping(share: float, similarity: float, max_group_size: int, max_rows: int | None = None) -> None:
     """Refuse options out of range, before any prompt is embedded.
 
     Raises:

@@ -174,6 +174,9 @@ def stock_class(cls: type) -> type | None:
 
 def table_class(scheduler) -> str:
     """Name of the diffusers class whose table stands for `scheduler`; NotInTable if there is none."""
+    own = [name for name, value in vars(scheduler).items() if callable(value) and name in dir(type(scheduler))]
+    if own:
+        raise NotInTable(f"{type(scheduler).__name__}: {', '.join(sorted(own))} was replaced on this object")
     for cls in type(scheduler).__mro__:
         if cls.__module__.startswith("diffusers."):
             if cls.__name__ in READERS:

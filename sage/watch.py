@@ -1,7 +1,9 @@
-"""What a pipeline's loop must be like for sharing to be right, looked at once, at the first step of a shared call.
+"""What a pipeline's loop must be like for sharing to be right, looked at at the first step of a shared call.
 
 Sharing takes row r of everything to be picture r, in copies one after another. A loop that interleaves its guidance copies,
-sorts its pictures or runs them one by one would give pictures that look right and are not: it is refused instead.
+hands its pictures to the denoiser in another order than to the scheduler, or runs them one by one would give pictures that look
+right and are not: it is refused instead. Pictures that begin with equal noise cannot be told apart; then the next steps are looked at too,
+as long as every group is one row.
 """
 
 from __future__ import annotations
@@ -38,11 +40,14 @@ class FirstStep:
             latents = torch.stack(latents)
         self._seen.append((name, latents))
 
-    def check(self, model_output: torch.Tensor, sample: torch.Tensor) -> None:
+    def check(self, model_output: torch.Tensor, sample: torch.Tensor) -> bool:
         """Refuse a loop whose rows are not the pictures', or whose pictures differ in more than their noise.
 
         Args:
             model_output, sample: [B, ...], what `scheduler.step` was given.
+
+        Returns:
+            Whether that settles it: False while pictures of different groups are too alike to tell.
 
         Raises:
             ValueError.
@@ -61,6 +66,8 @@ class FirstStep:
         self._seen.clear()
         if self.rules["model_output"] == "alike":
             self._check_outputs(model_output)
+        groups = _directions(sample.flatten(1).index_select(0, self.rows.representatives.to(sample.device)))
+        return bool(((groups @ groups.T).fill_diagonal_(0.0) < _OTHER).all())
 
     def _check_order(self, name: str, latent: torch.Tensor, sample: torch.Tensor) -> None:
         """Row c·B + r of `latent` [k·B, n] is row r of `sample` [B, n], up to a factor."""
@@ -93,8 +100,17 @@ def _latent_part(x: torch.Tensor, sample: torch.Tensor) -> tuple[torch.Tensor | 
     wider = [dim for dim in range(1, x.ndim) if x.shape[dim] != sample.shape[dim]]
     if len(wider) != 1 or x.shape[wider[0]] < sample.shape[wider[0]]:
         return None, None
-    size = sample.shape[wider[0]]
-    return x.narrow(wider[0], 0, size).flatten(1), x.narrow(wider[0], size, x.shape[wider[0]] - size)
+    dim, size, more = wider[0], sample.shape[wider[0]], x.shape[wider[0]] - sample.shape[wider[0]]
+    first, last = x.narrow(dim, 0, size).flatten(1), x.narrow(dim, more, size).flatten(1)
+    if _likeness(last, sample) > _likeness(first, sample):
+        return last, x.narrow(dim, 0, more)
+    return first, x.narrow(dim, size, more)
+
+
+def _likeness(x: torch.Tensor, sample: torch.Tensor) -> float:
+    """Mean cosine of the first B rows with the pictures."""
+    own = _directions(sample.flatten(1))
+    return float((_directions(x[: len(own)]) * own).sum(1).mean())
 
 
 def _apart(x: torch.Tensor, rows: Rows, copies: int) -> tuple[int, int] | None:

@@ -261,12 +261,24 @@ def test_the_progress_bar_counts_denoiser_rows(pipe, capsys):
         (dict(images_per_prompt=0), ValueError, "images_per_prompt must be at least 1, got 0"),
         (dict(prompts="a red cat"), TypeError, "prompts must be a sequence of str, got str"),
         (dict(max_rows=0), ValueError, "max_rows must be at least 1, got 0"),
+        (dict(max_rows="a", plan=SharingPlan.independent([Leaf(p) for p in PROMPTS])), TypeError, "max_rows must be an integer"),
+        (dict(share=7, plan=SharingPlan.independent([Leaf(p) for p in PROMPTS])), ValueError, r"share must be in \[0, 1\]"),
+        (dict(plan=3), TypeError, "plan must be a sage.SharingPlan or None, got int"),
+        (dict(seed=1.5), TypeError, "seed must be an integer, got 1.5"),
+        (dict(seeds=7), TypeError, "seeds must be a sequence of integers, one per prompt, got int"),
+        (dict(negative_prompt=5), TypeError, "negative_prompt must be a sequence of str, got int"),
+        (dict(guidance_scale=float("nan")), ValueError, "guidance_scale must be a finite number, got nan"),
+        (dict(guidance_scale="7"), ValueError, "guidance_scale must be a finite number, got '7'"),
+        (dict(num_inference_steps=0), ValueError, "num_inference_steps must be at least 1, got 0"),
+        (dict(num_inference_steps="4"), TypeError, "num_inference_steps must be an integer, got '4'"),
+        (dict(on_images=3), TypeError, "on_images must be callable, got int"),
+        (dict(num_videos_per_prompt=2), ValueError, "num_videos_per_prompt cannot be passed to sage.generate: use images_per_prompt"),
         (dict(max_rows=2.5), TypeError, "max_rows must be an integer, got 2.5"),
         (dict(share="0.4"), TypeError, r"share must be a number in \[0, 1\], got '0.4'"),
         (dict(negative_prompt=[None] * 5), TypeError, r"negative_prompt\[0\] must be a str, got None"),
         (dict(latents=torch.zeros(5, 4, 8, 8)), ValueError, "latents cannot be passed to sage.generate: each picture's come"),
         (dict(generator=torch.Generator()), ValueError, "generator cannot be passed to sage.generate: use seed or seeds"),
-        (dict(stepz=3), TypeError, "stepz is an argument neither of sage.generate nor of StableDiffusionPipeline's call"),
+        (dict(stepz=3), TypeError, "stepz is an argument neither of sage.generate nor one that the call of StableDiffusionPipeline names"),
         (dict(solver="nope"), ValueError, "unknown solver 'nope'; known: ddim"),
         (dict(plan=SharingPlan.independent([Leaf("a red cat")])), ValueError, "plan is for 1 pictures, but the call asks for 5"),
     ],
@@ -292,7 +304,7 @@ def test_enable_without_a_plan_plans_each_call(pipe):
         assert sharing.stats["rows"] == [2, 2, 2, 2] and sharing.plan.encoder == "by hand"
         pipe("a red cat", num_images_per_prompt=2, **kwargs)
         assert sharing.stats["saving"] == 0
-        with pytest.raises(ValueError, match="gives embeddings and no prompt: there is no text to group by"):
+        with pytest.raises(ValueError, match="the call gives no prompt: there is no text to group by"):
             pipe(prompt_embeds=torch.zeros(2, 77, 32), negative_prompt_embeds=torch.zeros(2, 77, 32))
 
 

@@ -103,6 +103,22 @@ def test_sizes_that_are_no_rows_are_passed_on(rows):
     assert map_rows({"img_shapes": sizes[:2]}, B, RULES, apply)["img_shapes"] == sizes[:2]
 
 
+def test_lists_of_other_things_are_rows_too(rows):
+    """Captions, say: an entry per latent needs a rule, and one that does not calculate."""
+    given = {"captions": list("abcde")}
+    with pytest.raises(ValueError, match="argument 'captions' has 5 rows, one per latent, and no rule"):
+        map_rows(given, B, RULES, None)
+    with pytest.raises(ValueError, match="argument 'numbers' has 5 rows, one per latent, and no rule"):
+        map_rows({"numbers": np.arange(5)}, B, RULES, None)
+    apply = lambda name, value, how, mask: rows.reduce(value, how, 1)  # noqa: E731
+    assert map_rows(given, B, RULES | {"captions": "representative"}, apply) == {"captions": ["c", "b", "d"]}
+    with pytest.raises(ValueError, match='a list of str cannot be reduced by "mean"; use "alike" or "representative"'):
+        map_rows(given, B, RULES | {"captions": "mean"}, apply)
+    with pytest.raises(ValueError, match="'numbers' must be a torch tensor"):
+        map_rows({"numbers": np.arange(5)}, B, RULES | {"numbers": "mean"}, apply)
+    assert map_rows({"names": ["x", "y"], "nothing": [None] * B}, B, RULES, apply) == {"names": ["x", "y"], "nothing": [None] * B}
+
+
 def test_outputs_of_every_kind_are_mapped():
     x = draw(4, 2)
     for output in (x, (x,), [x, [x]], {3: x}, Transformer2DModelOutput(sample=x)):

@@ -412,20 +412,55 @@ def test_another_loop_on_the_same_scheduler_is_refused(pipe):
             draw(pipe, callback_on_step_end=call(stock))
     with sage.enable(pipe, share=0.0) as sharing:
         sharing.plan, sharing._fixed_plan = None, SharingPlan.independent([Leaf("x")])
-        with pytest.raises(RuntimeError, match="called inside a call of a pipeline with the same scheduler object"):
+        with pytest.raises(RuntimeError, match="while a shared call on the same scheduler object is under way"):
             pipe("x", num_inference_steps=2, callback_on_step_end=call(pipe))
     assert type(pipe.scheduler) is DDIMScheduler and "_sage_run" not in pipe.scheduler.__dict__
 
 
-def test_a_loop_that_never_steps_the_scheduler_is_refused(pipe):
+def test_a_step_replaced_on_the_scheduler_object_is_refused(pipe):
+    """The plan is followed in the step that a shared call brings; this one would hide it."""
     step = pipe.scheduler.step
-    pipe.scheduler.step = lambda *args, **kwargs: step(*args, **kwargs)  # hides the step that a shared call brings
+    pipe.scheduler.step = lambda *args, **kwargs: step(*args, **kwargs)
     try:
         with sage.enable(pipe, flat()):
-            with pytest.raises(RuntimeError, match="without calling pipe.scheduler.step"):
+            with pytest.raises(RuntimeError, match="DDIMScheduler.step was replaced on this object"):
                 draw(pipe)
     finally:
         del pipe.scheduler.step
+
+
+def test_a_method_replaced_on_the_scheduler_object_is_respected(pipe):
+    scale = pipe.scheduler.scale_model_input
+    pipe.scheduler.scale_model_input = lambda sample, timestep: 1.1 * scale(sample, timestep)
+    try:
+        expected = draw(pipe)
+        with sage.enable(pipe, SharingPlan.independent(LEAVES)) as sharing:
+            assert torch.equal(draw(pipe), expected)
+        assert "scale_model_input was replaced on this object" in sharing.stats["solver_path"]
+    finally:
+        del pipe.scheduler.scale_model_input
+
+
+def test_another_pipeline_inside_a_callback_is_not_shared(pipe):
+    """It has the same U-Net and a scheduler of its own: its pictures are its own, and nothing of them is counted."""
+    other = type(pipe)(**{**pipe.components, "scheduler": copy.deepcopy(pipe.scheduler)}, requires_safety_checker=False)
+    other.set_progress_bar_config(disable=True)
+    expected, inside = draw(other), []
+    with sage.enable(pipe, flat()) as sharing:
+        plain = draw(pipe)
+        counted = sharing.stats["launches"], sharing.stats["denoiser_rows"]
+        got = draw(pipe, callback_on_step_end=lambda *args: inside.append(draw(other)) or {})
+    assert len(inside) == STEPS and all(torch.equal(latents, expected) for latents in inside)
+    assert torch.equal(got, plain) and (sharing.stats["launches"], sharing.stats["denoiser_rows"]) == counted
+
+
+def test_a_handle_can_be_entered_again(pipe):
+    sharing = sage.enable(pipe, flat())
+    for _ in range(2):
+        with sharing:
+            draw(pipe)
+        assert sharing.stats["rows"] == [2] * 3 + [5] * 3
+        draw(pipe)
 
 
 def test_a_step_on_other_rows_than_the_plans_is_refused(pipe):

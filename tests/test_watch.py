@@ -2,6 +2,7 @@
 
 import inspect
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, ModelMixin
@@ -9,6 +10,9 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 
 import sage
 from sage import Leaf, SharingPlan
+from sage.families import RULES
+from sage.rows import Rows
+from sage.watch import FirstStep
 
 B, STEPS = 5, 4
 GROUPS = [[0, 2, 4], [1, 3]]
@@ -176,6 +180,29 @@ def test_pictures_run_one_by_one_are_refused(pipe):
 
     with pytest.raises(ValueError, match="holds picture 0 where sage expects picture 1"):
         run(pipe, one_by_one, plan([[0, 1]], count=2), count=2)
+
+
+def test_equal_noise_hides_the_order_until_groups_have_parted():
+    """While all pictures are alike nothing can be told, and the next step is looked at too."""
+    watch = FirstStep(Rows(((0, 1), (2,)), np.array([0, 2]), 3), RULES)
+    alike = noise(1).expand(3, -1, -1, -1)
+    watch.saw("unet", alike.flip(0))
+    assert not watch.check(alike, alike)
+    later = torch.cat([noise(1), noise(1), noise(2)[1:]])
+    watch.saw("unet", later)
+    assert watch.check(later, later)
+    watch.saw("unet", later.flip(0))
+    with pytest.raises(ValueError, match="row 0 holds picture 2 where sage expects picture 0"):
+        watch.check(later, later)
+
+
+def test_an_image_may_stand_before_the_latents(pipe):
+    pipe.unet = Denoiser(channels=5)
+
+    def image_first(self, x, t, embeds):
+        return self.unet(torch.cat([torch.ones_like(x[:, :1]), x], 1), t, encoder_hidden_states=embeds)
+
+    run(pipe, image_first)
 
 
 def test_a_map_of_its_own_for_every_picture_is_refused(pipe):

@@ -115,6 +115,21 @@ def test_padding_shows_in_no_result(pipe):
     assert rows == [12, 12, 14, 14]  # six pictures for five, then all seven
 
 
+def test_compiling_inside_a_call_leaves_the_pipeline_alive(pipe):
+    expected = draw(pipe)
+
+    def compile_now(pipe, step, timestep, tensors):
+        if step == 1:
+            pipe.unet.compile(backend="eager")
+        return tensors
+
+    with sage.enable(pipe, flat()):
+        with pytest.raises(RuntimeError, match="called no denoiser"):  # the compiled call is in front of ours: nothing is reduced
+            draw(pipe, callback_on_step_end=compile_now)
+    assert "_sage_run" not in pipe.scheduler.__dict__ and worst(draw(pipe), expected) <= 1e-5
+    assert worst(shared(pipe)[0], shared(stable_diffusion())[0]) <= 1e-5
+
+
 # ---- offload, VAE, attention processors, dtypes
 
 

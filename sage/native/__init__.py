@@ -20,6 +20,7 @@ from sage.native.sd import StableDiffusion, StableDiffusionXL
 from sage.native.sd3 import StableDiffusion3
 from sage.native.wan import Wan
 from sage.plan import ResolvedPlan, SharingPlan
+from sage.plan_checks import integer
 from sage.trunk import Trunk
 
 __all__ = ["ADAPTERS", "NotNative", "adapter_for", "draw"]
@@ -59,6 +60,7 @@ def draw(
     trunk: Trunk | None = None,
     on_part: Callable[[int, Trunk], None] | None = None,
     branch_noise: float = 0.0,
+    branch_back: int = 0,
     **call_kwargs,
 ) -> tuple[Any, dict[str, Any], ResolvedPlan]:
     """Draw one picture per leaf of a plan, as the pipeline's own call inside `sage.enable(pipe, plan)` would.
@@ -75,6 +77,8 @@ def draw(
         trunk: every picture joins it, see `sage.sample`; the plan is followed in the calls that remain.
         on_part: is given the trunk of every group that parts, see `sage.sample`.
         branch_noise: strength of the noise that members get as they part, drawn as in `sage.enable`.
+        branch_back: calls that members are taken back by as they part, see `sage.sample`; their noise is of generators that are
+            seeded from clones of theirs. In the statistics `rows` has an entry per denoiser call made, in order.
         call_kwargs: arguments of the pipeline's call.
 
     Returns:
@@ -97,5 +101,5 @@ def draw(
         if given is not None and len(given) != leaves:
             raise ValueError(f"{name} must hold {leaves} entries, one per leaf of the plan, got {len(given)}")
     texts = list(prompts), None if negatives is None else list(negatives)
-    made = adapter(pipe, call_kwargs)
-    return run(made, plan, *texts, list(generators), on_call, max_rows, graphs, trunk, on_part, branch_noise)
+    made, back = adapter(pipe, call_kwargs), integer(branch_back, "branch_back", 0)
+    return run(made, plan, *texts, list(generators), on_call, max_rows, graphs, trunk, on_part, branch_noise, back)

@@ -17,6 +17,7 @@ from sage.native.base import Adapter, NotNative
 from sage.plan import ResolvedPlan, SharingPlan
 from sage.sampling import sample
 from sage.solvers import NotInTable, noise_draws, noise_dtype, table_for
+from sage.step_back import OwnNoise
 from sage.trunk import Trunk
 from sage_kernels import CoefficientTable
 
@@ -33,6 +34,7 @@ def run(
     trunk: Trunk | None,
     on_part: Callable[[int, Trunk], None] | None,
     branch_noise: float,
+    branch_back: int,
 ) -> tuple[Any, dict[str, Any], ResolvedPlan]:
     """See `sage.native.draw`."""
     pipe = adapter.pipe
@@ -43,13 +45,14 @@ def run(
     if trunk is not None:
         trunk.check_table(table)
     joined = 0 if trunk is None else trunk.call  # calls that the trunk has behind it
-    boundaries = [stage == 0 for stage in table.stage[joined:]]
+    boundaries = [bool(stage == 0) for stage in table.stage[joined:]]
     resolved = plan.resolve(len(table) - joined, boundaries)
     conditions, negative_conditions = adapter.encode(prompts, negatives)
     x = adapter.latents(conditions["encoder_hidden_states"].dtype, generators)
     denoiser = _Denoiser(adapter, max_rows, len(plan.leaves))
     branch = BranchNoise(resolved, branch_noise, generators) if branch_noise > 0 else None
-    step_noise = _StepNoise(pipe.scheduler, draws, x, options.get("generator"), denoiser, branch, joined)
+    back = OwnNoise(resolved, generators) if branch_back > 0 else None
+    step_noise = _StepNoise(pipe.scheduler, draws, x, options.get("generator"), denoiser, branch, back, joined)
     if trunk is not None:
         trunk = _joinable(trunk, x, denoiser)
         for call in np.flatnonzero(draws[:joined]):
@@ -71,8 +74,9 @@ def run(
         conditions,
         negative_conditions=negative_conditions,
         guidance_scale=adapter.guidance_scale(table.timesteps[joined:].tolist()) if adapter.guided else 1.0,
-        noise=step_noise if draws.any() or branch is not None else None,
+        noise=step_noise if draws.any() or branch is not None or back is not None else None,
         branch_noise=branch_noise,
+        branch_back=branch_back,
         on_call=called,
         on_part=on_part,
         graphs=graphs,
@@ -80,7 +84,8 @@ def run(
     ended = time.perf_counter()
     pictures = adapter.decode(x, generators)
     pipe.maybe_free_model_hooks()
-    return pictures, _stats(resolved, len(table), boundaries, denoiser, launches, ended - began), resolved
+    rows = resolved.rows_made(branch_back)
+    return pictures, _stats(resolved, rows, len(table), boundaries, denoiser, launches, ended - began), resolved
 
 
 def _joinable(trunk: Trunk, x: torch.Tensor, denoiser: _Denoiser) -> Trunk:
@@ -144,6 +149,7 @@ class _StepNoise:
         generators: the leaves'; None: the pipeline passes none to `step`, and torch's global one draws.
         denoiser: knows the dtype of the model output.
         branch: draws the noise of members that part; None if they get none.
+        back: draws for members that are taken back, numbered as `draw_number` does; None if they are not.
         joined: the call at which the plan begins.
     """
 
@@ -155,14 +161,17 @@ class _StepNoise:
         generators: list[torch.Generator] | None,
         denoiser: _Denoiser,
         branch: BranchNoise | None,
+        back: OwnNoise | None,
         joined: int,
     ):
-        self._branch, self._joined = branch, joined
+        self._branch, self._back, self._joined = branch, back, joined
         self._scheduler, self._draws, self._generators, self._denoiser = scheduler, draws, generators, denoiser
         self._nothing, self._dtype = torch.zeros_like(x, dtype=torch.float32), x.dtype
 
     def __call__(self, call: int) -> torch.Tensor:
         """[B, ...]"""
+        if call >= len(self._draws):  # of a step back after table row `call // S − 1`
+            return self._back.draw(call // len(self._draws) - 1 - self._joined, self._nothing)
         if not self._draws[call]:
             drawn = None if self._branch is None else self._branch.draw(call - self._joined, self._nothing)
             return self._nothing if drawn is None else drawn
@@ -171,21 +180,28 @@ class _StepNoise:
 
 
 def _stats(
-    resolved: ResolvedPlan, calls: int, boundaries: list[bool], denoiser: _Denoiser, launches: int, seconds: float
+    resolved: ResolvedPlan,
+    rows: list[int],
+    calls: int,
+    boundaries: list[bool],
+    denoiser: _Denoiser,
+    launches: int,
+    seconds: float,
 ) -> dict[str, Any]:
     """See `sage.Sharing.stats`.
 
     Args:
+        rows: of every denoiser call made, in order; those made again in a step back are among them.
         calls: denoiser calls of a picture on its own, those that a trunk has behind it included.
     """
-    independent = resolved.num_leaves * calls
+    nfe, independent = sum(rows), resolved.num_leaves * calls
     return {
-        "nfe": resolved.nfe,
+        "nfe": nfe,
         "nfe_independent": independent,
-        "saving": 1.0 - resolved.nfe / independent,
+        "saving": 1.0 - nfe / independent,
         "guidance_copies": denoiser.copies,
-        "denoiser_rows": resolved.nfe * denoiser.copies,
-        "rows": resolved.rows,
+        "denoiser_rows": nfe * denoiser.copies,
+        "rows": rows,
         "num_calls": resolved.num_calls,
         "launches": launches,
         "copies_per_launch": denoiser.copies,

@@ -102,9 +102,10 @@ def ddpm(
     return build("ddpm", rows, timesteps, start=start, levels=_levels(alphas_cumprod[timesteps.astype(int)], after))
 
 
-def _after(alphas_cumprod: np.ndarray, prev_timesteps: np.ndarray, final: float) -> np.ndarray:
-    """[S]: alphas_cumprod after each step."""
-    return np.where(prev_timesteps >= 0, alphas_cumprod[np.maximum(prev_timesteps, 0).astype(int)], float(final))
+def _after(alphas_cumprod: np.ndarray, prev_timesteps: np.ndarray, final: float | None) -> np.ndarray:
+    """[S]: alphas_cumprod after each step; unknown after the last where `final` is None."""
+    last = np.nan if final is None else final
+    return np.where(prev_timesteps >= 0, alphas_cumprod[np.maximum(prev_timesteps, 0).astype(int)], last)
 
 
 def _levels(now: np.ndarray, after: np.ndarray) -> Levels:

@@ -1,0 +1,69 @@
+"""What a run of `sage.generate` says of every picture, and of all together."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sage.plan import SharingPlan
+from sage.resolved import ResolvedPlan
+from sage.trunk import Trunk
+
+
+def picture_records(
+    plan: SharingPlan, indices, similarities, negatives, resolved: ResolvedPlan, joined: Trunk | None
+) -> list[dict[str, Any]]:
+    """One record per picture of a pack; see `GenerationResult.records`.
+
+    Args:
+        indices: [B'] the pack's leaves in `plan`, in the order of `resolved`'s leaves.
+        resolved: what the pipeline's call followed.
+        joined: the trunk that the pictures joined; the resolved plan then begins where it ends.
+    """
+    root_of = plan.root_of
+    records, before = [], 0 if joined is None else joined.call
+    for row, index in enumerate(map(int, indices)):
+        leaf, root = plan.leaves[index], plan.roots[root_of[index]]
+        branch_call = resolved.branch_call(row)
+        trunk = plan.leaves[root.representative] if branch_call > 0 else leaf  # nothing was shared: its own
+        similar = None if similarities is None else float(similarities[index]) if branch_call > 0 else 1.0
+        trunk_seed, trunk_prompt = (trunk.seed, trunk.prompt) if joined is None else map(joined.record.get, ("seed", "prompt"))
+        records.append(
+            {
+                "index": index,
+                "prompt": leaf.prompt,
+                "negative_prompt": None if negatives is None else negatives[index],
+                "image_index": leaf.image_index,
+                "seed": leaf.seed,
+                "group": int(root_of[index]),
+                "group_size": len(root.members),
+                "trunk_seed": trunk_seed,
+                "trunk_prompt": trunk_prompt,
+                "branch_call": before + branch_call,
+                "num_calls": before + resolved.num_calls,
+                "similarity_to_trunk": similar,
+            }
+        )
+    return records
+
+
+def summary(packs: list[dict], seconds: float, pictures: int, solver: str, encoder: str) -> dict[str, Any]:
+    """See `GenerationResult.stats`."""
+    nfe, independent = sum(p["nfe"] for p in packs), sum(p["nfe_independent"] for p in packs)
+    calls = max(len(p["rows"]) for p in packs)
+    return {
+        "nfe": nfe,
+        "nfe_independent": independent,
+        "saving": 1 - nfe / independent if independent else 0.0,
+        "guidance_copies": packs[0]["guidance_copies"],
+        "rows": [sum(p["rows"][s] for p in packs if s < len(p["rows"])) for s in range(calls)],
+        "boundaries": packs[0]["boundaries"],
+        "packs": len(packs),
+        "launches": sum(p["launches"] for p in packs),
+        "max_rows": packs[-1]["max_rows"],
+        "denoise_seconds": sum(p["denoise_seconds"] for p in packs),
+        "seconds": seconds,
+        "images_per_second": pictures / seconds,
+        "solver": solver,
+        "solver_path": packs[0]["solver_path"],
+        "encoder": encoder,
+    }
