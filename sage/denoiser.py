@@ -20,15 +20,15 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging
 
-from sage.families import LATENTS
-from sage.rows import Rows, map_outputs, map_rows
+from sage.families import LATENTS, ROWS_SECOND
+from sage.rows import Rows, like, map_outputs, map_rows
 
 logger = logging.get_logger(__name__)
 
 # The shared call under way in this thread: a denoiser that two pipelines have in common obeys only the one that runs.
 current: ContextVar[Any] = ContextVar("sage_run", default=None)
 
-_MOST_REDUCED = 32  # conditions kept reduced: they do not change from call to call, and there are few
+_MOST_REDUCED = 4  # of each argument: conditional and unconditional ones do not change from call to call
 _installing = threading.Lock()
 
 
@@ -45,7 +45,7 @@ class Interception:
 
     def __call__(self, *args, **kwargs):
         run = current.get()
-        if run is None or run.name_of(self.module) is None or _calling_scheduler(run.pipe) is not run.pipe.scheduler:
+        if run is None or run.name_of(self.module) is None or _calling_scheduler(run) is not run.pipe.scheduler:
             return self.stock(*args, **kwargs)
         return run.denoise(run.name_of(self.module), self, args, kwargs)
 
@@ -74,23 +74,32 @@ class Interception:
                 self.module.__dict__["_compiled_call_impl"] = self.compiled
 
 
-def _calling_scheduler(pipe) -> Any:
-    """The scheduler of the pipeline whose call is under way innermost: another one may run inside a callback of ours."""
-    frame = sys._getframe(2)
+def _calling_scheduler(run: Any) -> Any:
+    """The scheduler of the pipeline whose call is under way innermost: another one may run inside a callback of ours.
+
+    Frames of the run's own pipeline are known by their code: reading their variables would keep tensors alive.
+    """
+    calls, frame = [], sys._getframe(2)
     while frame is not None:
         if frame.f_code.co_name == "__call__":
-            caller = frame.f_locals.get("self")
-            if isinstance(caller, DiffusionPipeline):
-                return caller.scheduler
+            calls.append(frame)
         frame = frame.f_back
-    return pipe.scheduler
+    nested = sum(call.f_code is run.code for call in calls) > 1
+    for call in calls:
+        if call.f_code is run.code and not nested:
+            break
+        caller = call.f_locals.get("self")
+        if isinstance(caller, DiffusionPipeline):
+            return caller.scheduler
+    return run.pipe.scheduler
 
 
 class Arguments:
-    """The arguments of one denoiser call, by name; `args` and `kwargs` give them back as they were passed."""
+    """The arguments of one denoiser call, by name; `passed` gives them back as they were passed."""
 
     def __init__(self, module: torch.nn.Module, args: tuple, kwargs: dict):
-        names = _parameters(type(getattr(module, "_orig_mod", module)))
+        names = _parameters(type(_unwrapped(module)))
+        names = names + tuple(f"argument {number}" for number in range(len(names), len(args)))  # what `forward` takes as *args
         self._positional, self._keywords = names[: len(args)], list(kwargs)
         self.given = {**dict(zip(names, args)), **kwargs}
 
@@ -99,17 +108,27 @@ class Arguments:
         for key in LATENTS:
             if torch.is_tensor(self.given.get(key)) or isinstance(self.given.get(key), list):
                 return self.given[key]
-        raise ValueError(f"{name} was called without a latents argument that sage knows ({', '.join(LATENTS)})")
+        raise ValueError(
+            f"{name} was called without a latents argument that sage knows ({', '.join(LATENTS)}), got {', '.join(self.given)}; "
+            "pass them by name"
+        )
 
     def passed(self, given: dict) -> tuple[tuple, dict]:
         """(args, kwargs) with the values of `given`."""
         return tuple(given[name] for name in self._positional), {name: given[name] for name in self._keywords}
 
 
+def _unwrapped(module: torch.nn.Module) -> torch.nn.Module:
+    """The module whose `forward` names the arguments: inside torch.compile's and peft's wrappers."""
+    module = getattr(module, "_orig_mod", module)
+    return _unwrapped(module.get_base_model()) if hasattr(module, "get_base_model") else module
+
+
 @lru_cache(maxsize=None)
-def _parameters(cls: type) -> list[str]:
-    """Names of the arguments of a module class's `forward`."""
-    return list(inspect.signature(cls.forward).parameters)[1:]
+def _parameters(cls: type) -> tuple[str, ...]:
+    """Names of the positional arguments of a module class's `forward`."""
+    parameters = list(inspect.signature(cls.forward).parameters.values())[1:]
+    return tuple(p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD))
 
 
 class Reducer:
@@ -117,7 +136,8 @@ class Reducer:
 
     def __init__(self, rules: dict[str, str]):
         self.rules = rules
-        self._kept: OrderedDict[tuple, tuple] = OrderedDict()
+        self._rows: Rows | None = None  # the partition that what is kept was reduced to
+        self._kept: dict[tuple[str, str], OrderedDict] = {}  # (denoiser, argument) → the last few
 
     def __call__(self, name: str, given: dict, rows: Rows, batch: int, copies: int, check: bool) -> dict:
         """k·B rows → k·R rows of every argument.
@@ -125,25 +145,28 @@ class Reducer:
         Args:
             check: refuse arguments under the rule "alike" whose rows differ inside a node (costs a device sync).
         """
+        if rows is not self._rows:
+            self._rows = rows
+            self._kept.clear()
 
         def apply(key, value, how, mask):
             if how == "alike" and check:
                 self._refuse_different(name, key, value, rows, copies)
-            kept = [x for x in (value, mask) if torch.is_tensor(x) and x.is_inference()] == []  # those tell no versions
-            if kept and how in ("mean", "masked mean", "union") and torch.is_tensor(value):
-                return self._remembered(value, how, mask, rows, copies)
-            return rows.reduce(value, how, copies, mask)
+            calculates = how in ("mean", "masked mean", "union") and torch.is_tensor(value) and key not in ROWS_SECOND
+            if not calculates or value.is_inference() or (mask is not None and mask.is_inference()):  # those tell no versions
+                return rows.reduce(value, how, copies, mask)
+            return self._remembered(self._kept.setdefault((name, key), OrderedDict()), value, how, mask, copies)
 
         return map_rows(given, batch, self.rules, apply)
 
-    def _remembered(self, value: torch.Tensor, how: str, mask: torch.Tensor | None, rows: Rows, copies: int) -> torch.Tensor:
-        key = (id(value), value._version, how, id(mask), None if mask is None else mask._version, id(rows), copies)
-        if key not in self._kept:
-            self._kept[key] = (rows.reduce(value, how, copies, mask), value, mask, rows)  # alive, so that ids stay theirs
-            if len(self._kept) > _MOST_REDUCED:
-                self._kept.popitem(last=False)
-        self._kept.move_to_end(key)
-        return self._kept[key][0]
+    def _remembered(self, kept: OrderedDict, value: torch.Tensor, how: str, mask: torch.Tensor | None, copies: int) -> torch.Tensor:
+        key = (id(value), value._version, id(mask), None if mask is None else mask._version, copies)
+        if key not in kept:
+            kept[key] = (self._rows.reduce(value, how, copies, mask), value, mask)  # alive, so that ids stay theirs
+            if len(kept) > _MOST_REDUCED:
+                kept.popitem(last=False)
+        kept.move_to_end(key)
+        return kept[key][0]
 
     @staticmethod
     def _refuse_different(name: str, key: str, value: Any, rows: Rows, copies: int) -> None:
@@ -192,6 +215,7 @@ class Pieces:
 
     def __init__(self, num_nodes: int, copies: int, most_nodes: int, padded: bool = False):
         self.num_nodes, self.copies = num_nodes, copies
+        self._moved: dict[tuple[torch.device, int | None], torch.Tensor] = {}
         starts = range(0, num_nodes, most_nodes)
         self.sizes = [min(most_nodes, num_nodes - start) for start in starts]
         self.padded = [min(bucket(size), most_nodes) if padded else size for size in self.sizes]
@@ -205,6 +229,22 @@ class Pieces:
         nodes = [torch.cat([n, n[-1:].expand(more - len(n))]) for n, more in zip(nodes, self.padded)]
         return [torch.cat([n + c * self.num_nodes for c in range(self.copies)]) for n in nodes]
 
+    @cached_property
+    def _where(self) -> torch.Tensor:
+        """int64 [k·R]: where each row stands among all pieces' rows."""
+        where, first = torch.empty(self.copies * self.num_nodes, dtype=torch.int64), 0
+        for rows, size, padded in zip(self._rows, self.sizes, self.padded):
+            for c in range(self.copies):
+                where[rows[c * padded : c * padded + size]] = first + c * padded + torch.arange(size)
+            first += self.copies * padded
+        return where
+
+    def _on(self, device: torch.device, number: int | None) -> torch.Tensor:
+        """The rows of a piece, or for None `_where`, on a device: moved there once."""
+        if (device, number) not in self._moved:
+            self._moved[device, number] = (self._where if number is None else self._rows[number]).to(device)
+        return self._moved[device, number]
+
     def cut(self, number: int, given: dict, rules: dict[str, str]) -> dict:
         """The arguments of one piece, from those of all k·R rows."""
         if self.whole:
@@ -213,8 +253,8 @@ class Pieces:
 
         def apply(key, value, how, mask):
             if torch.is_tensor(value):
-                return value.index_select(0, rows.to(value.device))
-            return type(value)(value[i] for i in rows)
+                return value.index_select(0, self._on(value.device, number))
+            return like(value, (value[i] for i in rows))
 
         return map_rows(given, self.num_nodes * self.copies, rules, apply)
 
@@ -222,18 +262,11 @@ class Pieces:
         """The pieces' outputs as one of k·R rows."""
         if self.whole:
             return outputs[0]
-        where = torch.empty(self.copies * self.num_nodes, dtype=torch.int64)  # of each of the k·R rows among all pieces'
-        first = 0
-        for rows, size, padded in zip(self._rows, self.sizes, self.padded):
-            for c in range(self.copies):
-                where[rows[c * padded : c * padded + size]] = first + c * padded + torch.arange(size)
-            first += self.copies * padded
-
         def apply(parts):
             if torch.is_tensor(parts[0]):
-                return torch.cat(list(parts)).index_select(0, where.to(parts[0].device))
+                return torch.cat(list(parts)).index_select(0, self._on(parts[0].device, None))
             joined = [row for part in parts for row in part]
-            return [joined[i] for i in where]
+            return [joined[i] for i in self._where]
 
         return map_outputs(outputs, apply, row_lists)
 
@@ -250,7 +283,8 @@ class Launcher:
     """
 
     def __init__(self, max_rows: int | None, rules: dict[str, str]):
-        self.max_rows, self.launches, self._rules = max_rows, 0, rules
+        self.max_rows, self.launches, self._rules, self._halved = max_rows, 0, rules, False
+        self._pieces: dict[tuple, Pieces] = {}
 
     def __call__(
         self,
@@ -272,7 +306,8 @@ class Launcher:
             row_lists: the denoiser takes and gives a list of rows.
         """
         while True:
-            pieces = Pieces(num_nodes, copies, self._most_nodes(max(num_nodes, pad_to), copies), padded=pad_to > 0)
+            key = num_nodes, copies, self._most_nodes(max(num_nodes, pad_to), copies), pad_to > 0
+            pieces = self._pieces.setdefault(key, Pieces(*key))
             outputs: list[Any] = []
             try:
                 for number in range(len(pieces.sizes)):
@@ -285,15 +320,21 @@ class Launcher:
                 outputs.clear()
             self._halve(max(pieces.sizes), copies)  # outside the handler: the failed call's tensors are free by now
 
+    def count(self, num_nodes: int, copies: int) -> int:
+        """In how many pieces so many nodes go through."""
+        return -(-num_nodes // self._most_nodes(num_nodes, copies))
+
     def _most_nodes(self, num_nodes: int, copies: int) -> int:
         if self.max_rows is None:
             return num_nodes
+        if self.max_rows < copies and self._halved:
+            return 1  # another denoiser, of fewer copies, ran out of memory
         if self.max_rows < copies:
             raise ValueError(f"max_rows must be at least {copies}, the rows of one picture with its guidance copies, got {self.max_rows}")
         return min(num_nodes, self.max_rows // copies)
 
     def _halve(self, nodes: int, copies: int) -> None:
-        self.max_rows = max(1, nodes // 2) * copies
+        self.max_rows, self._halved = max(1, nodes // 2) * copies, True
         logger.warning(f"out of memory with {nodes * copies} rows at once: going on with max_rows={self.max_rows}")
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

@@ -1,4 +1,4 @@
-"""What the arguments of a denoiser mean when several rows become one: the only place that knows pipelines by name.
+"""What the arguments of a denoiser mean when several rows become one, and which pipelines want to be treated otherwise.
 
 Sharing runs one row for a whole group. Every batch-shaped argument of the denoiser is reduced **by its name**, never by
 its shape (a rotary table can have as many rows as the batch and still not be one). `RULES` is that table; a user's own
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-# The pipeline attributes that hold a denoiser, in the order they are hooked. A ControlNet's residuals are not rows of
+# The pipeline attributes that hold a denoiser, in the order they are looked for. A ControlNet's residuals are not rows of
 # their own: they are not counted in nfe.
 DENOISERS = ("unet", "transformer", "transformer_2", "controlnet")
 ADAPTERS = ("controlnet",)
@@ -93,7 +93,7 @@ INIT_VIDEOS = ("video", "mask", "mask_video")
 REFERENCES = ("Flux2", "QwenImageEditPlus")
 
 # Pipelines whose loop reads what their denoiser's layers left behind, of as many rows as it would have had without sharing.
-UNSHARED = ("StableDiffusionSAG", "StableDiffusionAttendAndExcite", "StableDiffusionXLAttendAndExcite", "LEdits")
+UNSHARED = ("StableDiffusionSAG", "StableDiffusionAttendAndExcite", "LEdits")
 
 # Arguments of a pipeline's call: how many pictures of each prompt, and what has a row per prompt when texts are not given.
 IMAGES_PER_PROMPT = ("num_images_per_prompt", "num_videos_per_prompt")

@@ -174,12 +174,13 @@ def generate(
     stats: list[dict] = []
     trunks: dict[int, Trunk] = {}
     loop = _Loop(pipe, engine, call_kwargs, trunk, keep_trunks, branch_noise, branch_back)
-    open_roots, copies = list(range(len(plan.roots))), 1 if (guidance_scale or 2) <= 1 else 2
+    open_roots, copies = list(range(len(plan.roots))), 1 if guidance_scale is not None and guidance_scale <= 1 else 2
     with _borrowed(pipe, solver), _Progress(plan, branch_back, progress) as bar:
         while open_roots:
             most = len(plan.leaves) if max_rows is None else max(1, max_rows // copies)
             roots = next_pack(plan, open_roots, most, pieces=not loop.whole)
-            open_roots = [root for root in open_roots if root not in set(roots)]
+            chosen = set(roots)
+            open_roots = [root for root in open_roots if root not in chosen]
             part, indices = plan.subset(roots)
             part_texts = {name: [of_pictures[i] for i in indices] for name, of_pictures in picture_texts.items()}
             made, pack_stats, resolved, kept = loop(part, part_texts, max_rows, bar.on_call)
@@ -204,7 +205,9 @@ def trunk_similarities(plan: SharingPlan, vectors: np.ndarray, images: int = 1) 
     Args:
         vectors: [n, d], rows of length 1, one per prompt; leaf i belongs to prompt i // images.
     """
-    trunks = np.array([plan.roots[root].representative for root in plan.root_of])
+    trunks = np.empty(len(plan.leaves), dtype=np.int64)
+    for node in plan.trunks():
+        trunks[list(node.members)] = node.representative
     prompt_of = np.arange(len(plan.leaves)) // images
     return (vectors[prompt_of] * vectors[prompt_of[trunks]]).sum(axis=1)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sage.plan import Node, SharingPlan
+from sage.plan import SharingPlan
 
 MOST_PICTURES = 8  # of a call, per row that its first denoiser call may have: bounds what a call keeps of every picture
 
@@ -26,16 +26,11 @@ def next_pack(plan: SharingPlan, open_roots: Sequence[int], max_nodes: int, piec
     chosen: list[int] = []
     rows, pictures = max_nodes, MOST_PICTURES * max_nodes if pieces else max_nodes
     for number in open_roots:
-        root = plan.roots[number]
-        if chosen and (first_rows(root) > rows or len(root.members) > pictures):
+        size, first_rows = len(plan.roots[number].members), len(plan.trunks([number]))
+        if chosen and (first_rows > rows or size > pictures):
             continue
         chosen.append(number)
-        rows, pictures = rows - first_rows(root), pictures - len(root.members)
+        rows, pictures = rows - first_rows, pictures - size
         if rows <= 0 or pictures <= 0:
             break
     return chosen
-
-
-def first_rows(root: Node) -> int:
-    """Rows of a root at the first denoiser call."""
-    return 1 if root.until > 0 else sum(first_rows(child) for child in root.children)

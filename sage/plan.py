@@ -238,6 +238,17 @@ class SharingPlan:
         plan = SharingPlan(tuple(self.leaves[i] for i in original), nodes, self.encoder, self.similarity)
         return plan, np.array(original, dtype=np.int64)
 
+    def trunks(self, roots: Sequence[int] | None = None) -> list[Node]:
+        """The nodes that run first, of some roots (default: all): each root, or what it parts into before the first call."""
+        chosen = self.roots if roots is None else [self.roots[root] for root in roots]
+        found, stack = [], list(reversed(chosen))
+        while stack:
+            node = stack.pop()
+            if node.until > 0:
+                found.append(node)
+            stack.extend(reversed(node.children if node.until == 0 else ()))
+        return found
+
     @property
     def root_of(self) -> np.ndarray:
         """int64 [B]: index of the root (the group, or the lone leaf) that each leaf belongs to."""

@@ -19,12 +19,11 @@ def picture_records(
         resolved: what the pipeline's call followed.
         joined: the trunk that the pictures joined; the resolved plan then begins where it ends.
     """
-    root_of = plan.root_of
+    root_of, first = plan.root_of, resolved.rep_of(0)  # [B'] the leaf under whose noise each picture began
     records, before = [], 0 if joined is None else joined.call
     for row, index in enumerate(map(int, indices)):
-        leaf, root = plan.leaves[index], plan.roots[root_of[index]]
-        branch_call = resolved.branch_call(row)
-        trunk = plan.leaves[root.representative] if branch_call > 0 else leaf  # nothing was shared: its own
+        leaf, branch_call = plan.leaves[index], resolved.branch_call(row)
+        trunk = plan.leaves[indices[first[row]]]
         similar = None if similarities is None else float(similarities[index]) if branch_call > 0 else 1.0
         trunk_seed, trunk_prompt = (trunk.seed, trunk.prompt) if joined is None else map(joined.record.get, ("seed", "prompt"))
         records.append(
@@ -35,7 +34,7 @@ def picture_records(
                 "image_index": leaf.image_index,
                 "seed": leaf.seed,
                 "group": int(root_of[index]),
-                "group_size": len(root.members),
+                "group_size": len(plan.roots[root_of[index]].members),
                 "trunk_seed": trunk_seed,
                 "trunk_prompt": trunk_prompt,
                 "branch_call": before + branch_call,

@@ -30,11 +30,13 @@ class Request:
         self.prompts = [prompts] if isinstance(prompts, str) else None if prompts is None else list(prompts)
         self.images = next((given[name] for name in IMAGES_PER_PROMPT if given.get(name)), 1)
         self.count = len(self.prompts) if self.prompts is not None else _rows(given)  # n; None when nothing tells
-        self.names = _init_images(pipe, given)
-        keys = [_of_pictures(_identities(given[name]), (self.count or 0) * self.images) for name in self.names]
-        self.pictures = list(zip(*keys))
-        if len(set(self.pictures)) <= 1:
-            self.pictures = []
+        self._identities = {name: _identities(given[name]) for name in _init_images(pipe, given)}
+        self.pictures = self._begin_from((self.count or 0) * self.images)
+
+    def _begin_from(self, count: int) -> list[tuple]:
+        """[count]: what identifies the images that each picture begins from; empty when all begin from the same."""
+        pictures = list(zip(*(_of_pictures(identities, count) for identities in self._identities.values())))
+        return pictures if len(set(pictures)) > 1 else []
 
     def check(self, plan: SharingPlan) -> None:
         """Refuse a plan that was not made for this call.
@@ -49,10 +51,11 @@ class Request:
                 raise ValueError(mismatch(asked, planned))
         elif self.count is not None and self.count * self.images != len(planned):
             raise ValueError(f"plan is for {len(planned)} pictures, but the call asks for {self.count * self.images}")
-        for members in (root.members for root in plan.roots if self.pictures and root.until > 0):
-            first = self.pictures[members[0]]
+        pictures = self._begin_from(len(planned))
+        for members in (node.members for node in plan.trunks() if pictures):
             for member in members:
-                differing = [name for name, a, b in zip(self.names, first, self.pictures[member]) if a != b]
+                pairs = zip(self._identities, pictures[members[0]], pictures[member])
+                differing = [name for name, a, b in pairs if a != b]
                 if differing:
                     raise ValueError(
                         f"{differing[0]} differs between pictures {members[0]} and {member}, which the plan puts into one group: "

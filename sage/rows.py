@@ -5,15 +5,19 @@ The way for each argument is data, `sage.families.RULES`; this module walks argu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from diffusers.utils import logging
 
 from sage.families import MASKS, ROW_LISTS, ROWS_SECOND
 from sage.plan import ResolvedPlan
 from sage_kernels import group_mean
+
+logger = logging.get_logger(__name__)
 
 
 class Rows:
@@ -36,31 +40,42 @@ class Rows:
         self.representative_of = self.representatives[self.labels]  # [B]
         self._leaves = np.concatenate([np.asarray(leaves) for leaves in members])  # [B] leaves, node after node
         self._bounds = np.cumsum([0, *map(len, members)])  # [R + 1] where each node's leaves begin
+        self._indices: dict[tuple[str, int, torch.device], torch.Tensor] = {}
         self._segments: dict[tuple[int, torch.device], tuple[torch.Tensor, torch.Tensor]] = {}
 
     def reduce(self, value: Any, how: str, copies: int, mask: torch.Tensor | None = None) -> Any:
         """k·B rows (a tensor [k·B, ...], or a list of k·B tensors) → k·R rows, as the rule `how` says."""
         if isinstance(value, (list, tuple)):
-            return type(value)(self._reduce_list(value, how, copies))
+            return like(value, self._reduce_list(value, how, copies))
         if how in ("representative", "alike"):
             return self.representative(value, copies)
         if how == "union":
             return self.union(value, copies)
-        if how == "masked mean" and mask is not None and mask.ndim == 2 and mask.shape[1] >= value.shape[1]:
-            return self.masked_mean(value, mask[:, : value.shape[1]], copies)  # Chroma's goes on over the image tokens
+        if how == "masked mean" and mask is not None:
+            if mask.ndim == 2 and mask.shape[1] >= value.shape[1]:
+                return self.masked_mean(value, mask[:, : value.shape[1]], copies)  # Chroma's goes on over the image tokens
+            _warn_mask(tuple(mask.shape), tuple(value.shape))
         return self.mean(value, copies)
 
-    def _index(self, index: torch.Tensor, copies: int, stride: int, device: torch.device) -> torch.Tensor:
-        """`index` once per guidance copy, each copy `stride` rows further on."""
-        return torch.cat([index + c * stride for c in range(copies)]).to(device)
+    def _index(self, kind: str, copies: int, device: torch.device) -> torch.Tensor:
+        """One of `labels`, `representatives`, `representative_of`, once per guidance copy, on a device: made and moved there once."""
+        if (kind, copies, device) not in self._indices:
+            stride = self.num_nodes if kind == "labels" else self.num_leaves  # each copy is so many rows further on
+            index = torch.cat([getattr(self, kind) + c * stride for c in range(copies)])
+            self._indices[kind, copies, device] = index.to(device)
+        return self._indices[kind, copies, device]
+
+    def representative_rows(self, device: torch.device, copies: int = 1) -> torch.Tensor:
+        """int64 [k·B] on a device: the row that each row equals."""
+        return self._index("representative_of", copies, device)
 
     def representative(self, x: torch.Tensor, copies: int) -> torch.Tensor:
         """[k·B, ...] → [k·R, ...]: the representative's row."""
-        return x.index_select(0, self._index(self.representatives, copies, self.num_leaves, x.device))
+        return x.index_select(0, self._index("representatives", copies, x.device))
 
     def alike(self, x: torch.Tensor, copies: int) -> tuple[int, int] | None:
         """Two members of one node whose rows of `x` [k·B, ...] differ; None if all are equal."""
-        index = self._index(self.representative_of, copies, self.num_leaves, x.device)
+        index = self.representative_rows(x.device, copies)
         same = (x.index_select(0, index) == x).flatten(1).all(1) if x.ndim > 1 else x.index_select(0, index) == x
         if bool(same.all()):
             return None
@@ -98,7 +113,7 @@ class Rows:
     def _reduce_list(self, rows: Sequence[torch.Tensor], how: str, copies: int) -> list[torch.Tensor]:
         """A list of k·B tensors → k·R. They may differ in length: a mean goes over the members that reach so far."""
         if how in ("representative", "alike"):
-            return [rows[i] for i in self._index(self.representatives, copies, self.num_leaves, torch.device("cpu"))]
+            return [rows[i] for i in self._index("representatives", copies, torch.device("cpu"))]
         if how not in ("mean", "masked mean") or not all(torch.is_tensor(row) for row in rows):
             raise ValueError(f'a list of {type(rows[0]).__name__} cannot be reduced by "{how}"; use "alike" or "representative"')
         shifted = ([leaf + c * self.num_leaves for leaf in leaves] for c in range(copies) for leaves in self.members)
@@ -107,8 +122,14 @@ class Rows:
     def expand(self, x: Any, copies: int) -> Any:
         """k·R rows → k·B: every leaf gets its node's row."""
         if isinstance(x, (list, tuple)):
-            return type(x)(x[i] for i in self._index(self.labels, copies, self.num_nodes, torch.device("cpu")))
-        return x.index_select(0, self._index(self.labels, copies, self.num_nodes, x.device))
+            return like(x, (x[i] for i in self._index("labels", copies, torch.device("cpu"))))
+        return x.index_select(0, self._index("labels", copies, x.device))
+
+
+@functools.lru_cache(maxsize=None)
+def _warn_mask(mask: tuple[int, ...], value: tuple[int, ...]) -> None:
+    """Once for each pair of shapes."""
+    logger.warning(f"a token mask of shape {mask} does not say which tokens of {value} count: the plain mean of the members is taken")
 
 
 def _ragged_mean(rows: list[torch.Tensor]) -> torch.Tensor:
@@ -139,6 +160,11 @@ class PlanRows:
         return self._rows[id(members)]
 
 
+def like(value: Sequence, items: Iterable) -> Any:
+    """A list, tuple or named tuple of the items, as `value` is."""
+    return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+
+
 def map_rows(given: Mapping[str, Any], batch: int, rules: Mapping[str, str], apply: Callable[..., Any]) -> dict[str, Any]:
     """Apply `apply(name, value, how, mask)` to everything in a denoiser's arguments that has one row per latent.
 
@@ -164,7 +190,7 @@ def _map(name: str, value: Any, siblings: Mapping[str, Any], batch: int, rules, 
     if isinstance(value, Mapping):
         return {key: _map(key if isinstance(key, str) else name, value[key], value, batch, rules, apply) for key in value}
     if isinstance(value, (list, tuple)) and not (name in ROW_LISTS or (len(value) == batch and not _hold_tensors(value))):
-        return type(value)(_map(name, item, siblings, batch, rules, apply) for item in value)
+        return like(value, (_map(name, item, siblings, batch, rules, apply) for item in value))
     if not isinstance(value, (list, tuple)) and (not isinstance(value, (torch.Tensor, np.ndarray)) or value.ndim == 0):
         return value
     if name in ROWS_SECOND:
@@ -229,5 +255,5 @@ def map_outputs(outputs: Sequence[Any], apply: Callable[[Sequence[Any]], Any], r
     if isinstance(first, list) and row_lists:
         return apply(outputs)
     if isinstance(first, (list, tuple)):
-        return type(first)(map_outputs(items, apply, row_lists) for items in zip(*outputs))
+        return like(first, (map_outputs(items, apply, row_lists) for items in zip(*outputs)))
     return first

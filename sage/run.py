@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -23,6 +25,7 @@ from sage_kernels.coefficients import branch_rows
 
 logger = logging.get_logger(__name__)
 
+_swapping = threading.Lock()
 _MOST_ENTRIES = 16  # denoiser calls between two steps: guidance by separate calls, several denoisers, ControlNets
 _NO_STEP = (
     "{pipe} runs its denoiser without calling pipe.scheduler.step ({scheduler}): the plan cannot be followed, and members of "
@@ -46,6 +49,7 @@ class Run:
         self, plan: SharingPlan, pipe, max_rows: int | None, rules: dict[str, str], on_call=None, eta: float = 0.0, generators=None
     ):
         self.plan, self.pipe, self.on_call = plan, pipe, on_call
+        self.code = inspect.unwrap(type(pipe).__call__).__code__  # of the pipeline's own call
         self._eta, self._generators, self.branch_noise = eta, generators, None
         self.call = 0  # completed calls of scheduler.step
         self.trajectory, self.boundaries = None, None
@@ -62,26 +66,12 @@ class Run:
     @contextlib.contextmanager
     def installed(self) -> Iterator[Run]:
         """The denoisers' calls intercepted and the scheduler's class swapped, for the length of a `with` block."""
-        scheduler = self.pipe.scheduler
-        if scheduler.__dict__.get("_sage_run") is not None:
-            raise RuntimeError(
-                f"{type(self.pipe).__name__} was called while a shared call on the same scheduler object is under way (inside a callback "
-                "of it, or in another thread); give one of them a scheduler of its own (copy.deepcopy)"
-            )
-        if "step" in scheduler.__dict__:
-            raise RuntimeError(
-                f"{type(scheduler).__name__}.step was replaced on this object, where sage cannot follow the plan; override it in a subclass"
-            )
         with contextlib.ExitStack() as undo:
             undo.callback(current.reset, current.set(self))
             num_timesteps = self.pipe.__dict__.pop("_num_timesteps", None)  # the last call's
             if num_timesteps is not None:
                 undo.callback(self.pipe.__dict__.setdefault, "_num_timesteps", num_timesteps)
-            undo.callback(setattr, scheduler, "__class__", type(scheduler))
-            undo.callback(scheduler.__dict__.pop, "_sage_run", None)
-            undo.callback(scheduler.__dict__.pop, "_sage_trajectory", None)
-            scheduler.__class__ = sage_class(diffusers_class(type(scheduler)))
-            scheduler._sage_run, scheduler._sage_trajectory = self, None
+            self._take_scheduler(self.pipe.scheduler, undo)
             modules = []
             for name in DENOISERS:
                 module = getattr(self.pipe, name, None)
@@ -91,6 +81,34 @@ class Run:
                     self._denoisers[id(module)] = name
             undo.enter_context(self._caches.installed(modules))
             yield self
+
+    def _take_scheduler(self, scheduler, undo: contextlib.ExitStack) -> None:
+        """Swap the scheduler's class, if no other shared call has it; `undo` gives it back.
+
+        Raises:
+            RuntimeError: another call has it, or its `step` is not its class's.
+        """
+        with _swapping:
+            if "_sage_run" in scheduler.__dict__:
+                raise RuntimeError(
+                    f"{type(self.pipe).__name__} was called while a shared call on the same scheduler object is under way (inside a "
+                    "callback of it, or in another thread); give one of them a scheduler of its own (copy.deepcopy)"
+                )
+            if "step" in scheduler.__dict__:
+                raise RuntimeError(
+                    f"{type(scheduler).__name__}.step was replaced on this object, where sage cannot follow the plan; override it in a "
+                    "subclass"
+                )
+            undo.callback(self._give_back, scheduler, type(scheduler))
+            scheduler.__class__ = sage_class(diffusers_class(type(scheduler)))
+            scheduler._sage_run, scheduler._sage_trajectory = self, None
+
+    @staticmethod
+    def _give_back(scheduler, cls: type) -> None:
+        with _swapping:
+            scheduler.__class__ = cls
+            scheduler.__dict__.pop("_sage_trajectory", None)
+            scheduler.__dict__.pop("_sage_run", None)
 
     def name_of(self, module: torch.nn.Module) -> str | None:
         """The pipeline's attribute that holds a denoiser; None for another pipeline's."""
@@ -136,7 +154,7 @@ class Run:
     def representative_of(self, device: torch.device) -> torch.Tensor | None:
         """int64 [B]: the row that each row equals at this call; None when every picture has a row of its own."""
         rows = self.rows()
-        return None if rows.trivial else rows.representative_of.to(device)
+        return None if rows.trivial else rows.representative_rows(device)
 
     def before_step(self, model_output: torch.Tensor, sample: torch.Tensor) -> None:
         """`scheduler.step` begins; refuse a loop that sharing would get wrong.

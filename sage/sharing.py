@@ -4,7 +4,7 @@
         images = pipe(prompts).images
     print(sharing.stats)
 
-Nothing in the pipeline's loop changes: it goes on seeing one row per picture. During a call a hook on the denoiser reduces
+Nothing in the pipeline's loop changes: it goes on seeing one row per picture. During a call a stand-in for the denoiser's call reduces
 the rows of every argument to one per node of the plan, runs the denoiser on those, and gives every picture its node's row
 back; the scheduler's `step` keeps the rows of a node equal. Both are installed when a call begins and gone when it ends,
 however it ends, so between calls the pipeline differs from a stock one only by its (sub)class.
@@ -155,7 +155,8 @@ class Sharing:
             return self._fixed_plan
         if asked.prompts is None:
             raise ValueError("the call gives no prompt: there is no text to group by; pass plan= to sage.enable")
-        if self._last is None or self._last[0] != (asked.prompts, asked.images, asked.pictures):
+        fresh = self._encoder == "pipeline"  # its text encoder may have changed (LoRA)
+        if fresh or self._last is None or self._last[0] != (asked.prompts, asked.images, asked.pictures):
             embeddings = embed_prompts(asked.prompts, encoder=self._encoder, pipe=self.pipe)
             self._last = (asked.prompts, asked.images, asked.pictures), asked.plan(embeddings, self._options)
         return self._last[1]

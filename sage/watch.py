@@ -82,7 +82,7 @@ class FirstStep:
 
     def _check_outputs(self, model_output: torch.Tensor) -> None:
         """Members of a node had one denoiser row: what the loop made of it must still be one."""
-        members = model_output.index_select(0, self.rows.representative_of.to(model_output.device))
+        members = model_output.index_select(0, self.rows.representative_rows(model_output.device))
         gap = (members - model_output).float().flatten(1).abs().amax(1)
         wrong = gap > 1e-3 * model_output.float().abs().max()
         if bool(wrong.any()):
@@ -115,10 +115,11 @@ def _likeness(x: torch.Tensor, sample: torch.Tensor) -> float:
 
 def _apart(x: torch.Tensor, rows: Rows, copies: int) -> tuple[int, int] | None:
     """Two members of one node whose rows of `x` [k·B, ...] are different images; None if there are none."""
-    of_representative = torch.cat([rows.representative_of + c * rows.num_leaves for c in range(copies)]).to(x.device)
     own = x.float().flatten(1)
-    other = own.index_select(0, of_representative)
+    other = own.index_select(0, rows.representative_rows(x.device, copies))
     far = (own - other).norm(dim=1) > _APART * torch.maximum(own.norm(dim=1), other.norm(dim=1))
+    mask = ((own == 0) | (own == 1)).all(0)  # what says yes or no must be the same to the bit
+    far |= ((own != other) & mask).any(1)
     if not bool(far.any()):
         return None
     leaf = int(far.nonzero()[0]) % rows.num_leaves

@@ -23,7 +23,7 @@ def pytest_addoption(parser):
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
-    """Note the outcome of a test that stands for a cell."""
+    """Let the report of a test that stands for a cell say so: it may be made in another process than the matrix."""
     report = yield
     marker = item.get_closest_marker("support")
     if marker is not None and (report.when == "call" or report.outcome != "passed"):
@@ -31,13 +31,19 @@ def pytest_runtest_makereport(item, call):
         family = told["family"] if "family" in told else item.callspec.params["family"].name
         passed = told.get("shown", "yes")
         shown = {"passed": passed, "failed": "no"}.get(report.outcome) or report.longrepr[2].removeprefix("Skipped: ")
-        SHOWN.setdefault((family, marker.args[0]), set()).add(shown)
+        report.user_properties = [*report.user_properties, ("cell", [family, marker.args[0], shown])]
     return report
+
+
+def pytest_runtest_logreport(report):
+    for name, value in report.user_properties:
+        if name == "cell":
+            SHOWN.setdefault((value[0], value[1]), set()).add(value[2])
 
 
 def pytest_sessionfinish(session):
     path = session.config.getoption("--support")
-    if path:
+    if path and SHOWN and not hasattr(session.config, "workerinput"):
         about = {name: version(name) for name in ("torch", "diffusers", "transformers")}
         result = {"command": COMMAND, "versions": about, "table": table()}
         Path(path).write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

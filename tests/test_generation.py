@@ -6,7 +6,7 @@ import torch
 from tiny import PROMPTS, stable_diffusion
 
 import sage
-from sage import Leaf, SharingPlan
+from sage import Leaf, Node, SharingPlan
 from sage.embed import Embeddings
 from sage.native import NotNative
 from sage.packing import next_pack
@@ -306,6 +306,16 @@ def test_enable_without_a_plan_plans_each_call(pipe):
         assert sharing.stats["saving"] == 0
         with pytest.raises(ValueError, match="the call gives no prompt: there is no text to group by"):
             pipe(prompt_embeds=torch.zeros(2, 77, 32), negative_prompt_embeds=torch.zeros(2, 77, 32))
+
+
+def test_records_name_the_noise_that_a_tree_really_began_with(pipe):
+    """The root never runs as one row: each pair has its own trunk."""
+    pairs = [Node((0, 1), 1, 0.5, (Node.single(0), Node.single(1))), Node((2, 3), 2, 0.5, (Node.single(2), Node.single(3)))]
+    plan = SharingPlan.tree([Leaf(p) for p in PROMPTS], [Node((0, 1, 2, 3), 0, 0.0, tuple(pairs))])
+    result = make(pipe, plan=plan)
+    assert result.stats["rows"] == [3, 3, 5, 5]
+    assert [record["trunk_prompt"] for record in result.records] == [PROMPTS[i] for i in (1, 1, 2, 2, 4)]
+    assert [record["trunk_seed"] for record in result.records] == [result.records[i]["seed"] for i in (1, 1, 2, 2, 4)]
 
 
 # ---- engines

@@ -202,7 +202,22 @@ def test_an_image_may_stand_before_the_latents(pipe):
     def image_first(self, x, t, embeds):
         return self.unet(torch.cat([torch.ones_like(x[:, :1]), x], 1), t, encoder_hidden_states=embeds)
 
-    run(pipe, image_first)
+    assert run(pipe, image_first)[1].stats["rows"] == [2, 2, 5, 5]
+    with pytest.raises(ValueError, match="row 0 holds picture 4 where sage expects picture 0"):
+        run(pipe, lambda self, x, t, embeds: image_first(self, x.flip(0), t, embeds.flip(0)).flip(0))
+
+
+def test_masks_must_be_the_same_to_the_bit(pipe):
+    """A few pixels are little of a mask's norm, and another region of the picture all the same."""
+    pipe.unet = Denoiser(channels=5)
+
+    def with_mask(self, x, t, embeds):
+        masks = torch.ones(len(x), 1, 8, 8)
+        masks[2, 0, 0, 0] = 0
+        return self.unet(torch.cat([x, masks], 1), t, encoder_hidden_states=embeds)
+
+    with pytest.raises(ValueError, match="what unet gets beside the latents .*differs between pictures 2 and 0"):
+        run(pipe, with_mask)
 
 
 def test_a_map_of_its_own_for_every_picture_is_refused(pipe):
@@ -240,8 +255,12 @@ def test_a_rule_lets_the_users_own_argument_through(pipe):
 
 
 def test_differing_arguments_can_be_accepted(pipe):
-    run(pipe, own_guidance_scale, rules={"model_output": "representative"})
-    run(pipe, own_timesteps, rules={"timestep": "representative"})
+    """Then all of a group have the representative's."""
+    whole = plan(share=1.0)
+    for style, name in ((own_guidance_scale, "model_output"), (own_timesteps, "timestep")):
+        got, _ = run(pipe, style, whole, rules={name: "representative"})
+        assert all(torch.equal(got[member], got[group[0]]) for group in GROUPS for member in group)
+        assert (got[0] - got[1]).abs().max() > 1e-2
 
 
 def test_nothing_is_refused_where_nothing_is_shared(pipe):

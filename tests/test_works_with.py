@@ -2,6 +2,8 @@
 
 import copy
 import pickle
+import threading
+import time
 
 import pytest
 import torch
@@ -14,7 +16,10 @@ from torch._dynamo.testing import CompileCounter
 
 import sage
 from sage import Leaf, Node, SharingPlan
-from sage.denoiser import bucket
+from sage.denoiser import Arguments, bucket
+from sage.families import RULES
+from sage.rows import map_rows
+from sage.run import Run
 
 LEAVES = [Leaf(prompt) for prompt in PROMPTS]
 STEPS = 6
@@ -240,6 +245,67 @@ def test_copies_after_disable_are_stock(pipe):
     for other in (copy.deepcopy(pipe), pickle.loads(pickle.dumps(pipe))):
         other.set_progress_bar_config(disable=True)
         assert torch.equal(draw(other), expected)
+
+
+class Wrapper(torch.nn.Module):
+    """A user's: passes everything on."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner, self.config, self.dtype, self.device = inner, inner.config, inner.dtype, inner.device
+
+    def forward(self, sample, *args, **kwargs):
+        return self.inner(sample, *args, **kwargs)
+
+
+def test_wrapped_denoisers(pipe):
+    """Arguments that a wrapper does not name are passed on, and those with rows have their rules."""
+    peft = pytest.importorskip("peft")
+    expected, unet = shared(pipe)[0], pipe.unet
+    pipe.unet = Wrapper(unet)
+    assert worst(shared(pipe)[0], expected) <= 1e-5
+    pipe.unet = peft.get_peft_model(unet, peft.LoraConfig(r=2, target_modules=["to_q"]))  # begins as no change
+    assert worst(shared(pipe)[0], expected) <= 1e-5
+
+
+def test_positional_arguments_that_forward_does_not_name():
+    class Loose(torch.nn.Module):
+        def forward(self, sample, *rest):
+            return sample * 0.5
+
+    arguments = Arguments(Loose(), (torch.zeros(4, 2), torch.ones(4, 3), torch.ones(4, 5)), {})
+    assert list(arguments.given) == ["sample", "argument 1", "argument 2"]
+    args, kwargs = arguments.passed(arguments.given)
+    assert [x.shape[1] for x in args] == [2, 3, 5] and not kwargs
+    with pytest.raises(ValueError, match="argument 'argument 1' has 4 rows, one per latent, and no rule"):
+        map_rows(arguments.given, 4, RULES, lambda *given: given[1])
+
+
+def test_a_scheduler_is_for_one_call_at_a_time(pipe):
+    """Of two threads that come at the same moment, one is refused, and nothing stays swapped."""
+    scheduler, cls, outcomes = pipe.scheduler, type(pipe.scheduler), []
+    barrier = threading.Barrier(2)
+
+    def enter():
+        run = Run(flat(), pipe, None, RULES)
+        barrier.wait()
+        try:
+            with run.installed():
+                time.sleep(0.002)
+            outcomes.append("ran")
+        except RuntimeError as error:
+            outcomes.append(str(error)[:60])
+
+    for _ in range(50):
+        threads = [threading.Thread(target=enter) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert type(scheduler) is cls and "_sage_run" not in scheduler.__dict__
+    assert outcomes.count("ran") >= 50 and {outcome for outcome in outcomes if outcome != "ran"} <= {
+        "StableDiffusionPipeline was called while a shared call on th"
+    }
 
 
 # ---- calls that stop

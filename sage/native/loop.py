@@ -61,7 +61,7 @@ def run(
 
     def called(rows: int) -> None:
         nonlocal launches
-        launches += denoiser.launches_of_call
+        launches += denoiser.pieces(rows)
         if on_call is not None:
             on_call(rows, resolved.num_calls)
 
@@ -116,12 +116,11 @@ class _Denoiser:
     Attributes:
         copies: k, guidance copies of a row.
         launcher: what runs the pieces.
-        launches_of_call: pieces of the last denoiser call.
         dtype: of the last model output.
     """
 
     def __init__(self, adapter: Adapter, max_rows: int | None, num_leaves: int):
-        self.copies, self.launcher, self.launches_of_call = 2 if adapter.guided else 1, Launcher(max_rows, RULES), 0
+        self.copies, self.launcher = 2 if adapter.guided else 1, Launcher(max_rows, RULES)
         self.dtype: torch.dtype | None = None
         self._adapter, self._together = adapter, 1 if adapter.guides_apart else self.copies
         modules = adapter.denoisers()
@@ -133,10 +132,14 @@ class _Denoiser:
             rows = dict(piece)
             return self._adapter.denoise(rows.pop("sample"), timestep, rows)
 
-        before, num_nodes = self.launcher.launches, len(model_input) // self._together
+        num_nodes = len(model_input) // self._together
         output = self.launcher(call, {"sample": model_input, **conditions}, num_nodes, self._together, self._pad_to)
-        self.launches_of_call, self.dtype = self.launcher.launches - before, output.dtype
+        self.dtype = output.dtype
         return output
+
+    def pieces(self, rows: int) -> int:
+        """In how many pieces a call of so many rows, guidance copies not counted, goes through: also where a graph replays it."""
+        return self.launcher.count(rows * self.copies // self._together, self._together)
 
 
 class _StepNoise:
