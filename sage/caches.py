@@ -18,8 +18,7 @@ from typing import Any
 
 import torch
 
-from sage.denoiser import Interception, Launcher
-from sage.families import DENOISERS
+from sage.denoiser import Interception, Launcher, denoisers_of
 from sage.rows import Rows
 
 _DISABLED = "disable the cache (pipe.transformer.disable_cache())"
@@ -267,8 +266,7 @@ def _shifts_rows() -> bool:
 
 def has_cache(pipe) -> bool:
     """Whether a denoiser of the pipeline has a cache: then its rows must stay in one piece."""
-    modules = (getattr(pipe, name, None) for name in DENOISERS)
-    return bool(_hooks_in([module for module in modules if isinstance(module, torch.nn.Module)]))
+    return bool(_hooks_in(list(denoisers_of(pipe).values())))
 
 
 def _hooks_in(modules: list[torch.nn.Module]) -> list:

@@ -20,7 +20,7 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging
 
-from sage.families import LATENTS, ROWS_SECOND
+from sage.families import DENOISERS, LATENTS, ROWS_SECOND
 from sage.rows import Rows, like, map_outputs, map_rows
 
 logger = logging.get_logger(__name__)
@@ -30,6 +30,13 @@ current: ContextVar[Any] = ContextVar("sage_run", default=None)
 
 _MOST_REDUCED = 4  # of each argument: conditional and unconditional ones do not change from call to call
 _installing = threading.Lock()
+
+
+def denoisers_of(pipe) -> dict[str, torch.nn.Module]:
+    """The denoisers of a pipeline by the names of its attributes; each once."""
+    found = {name: getattr(pipe, name, None) for name in DENOISERS}
+    modules = {id(module): name for name, module in reversed(found.items()) if isinstance(module, torch.nn.Module)}
+    return {name: found[name] for name in found if name in modules.values()}
 
 
 class Interception:

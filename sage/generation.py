@@ -29,7 +29,6 @@ from sage.sharing import check_grouping, disable, enable
 from sage.solvers import solver_name
 from sage.trunk import Trunk
 
-
 ENGINES = ("auto", "native", "hook")
 
 

@@ -14,7 +14,7 @@ from diffusers.utils import logging
 
 from sage.branch_noise import BranchNoise
 from sage.caches import Caches
-from sage.denoiser import Arguments, Interception, Launcher, Reducer, current, is_static
+from sage.denoiser import Arguments, Interception, Launcher, Reducer, current, denoisers_of, is_static
 from sage.families import ADAPTERS, DENOISERS, UNSHARED
 from sage.plan import SharingPlan
 from sage.rows import PlanRows, Rows, map_outputs
@@ -72,14 +72,11 @@ class Run:
             if num_timesteps is not None:
                 undo.callback(self.pipe.__dict__.setdefault, "_num_timesteps", num_timesteps)
             self._take_scheduler(self.pipe.scheduler, undo)
-            modules = []
-            for name in DENOISERS:
-                module = getattr(self.pipe, name, None)
-                if isinstance(module, torch.nn.Module) and id(module) not in self._denoisers:
-                    undo.callback(Interception.install(module).remove)
-                    modules.append(module)
-                    self._denoisers[id(module)] = name
-            undo.enter_context(self._caches.installed(modules))
+            denoisers = denoisers_of(self.pipe)
+            for name, module in denoisers.items():
+                undo.callback(Interception.install(module).remove)
+                self._denoisers[id(module)] = name
+            undo.enter_context(self._caches.installed(list(denoisers.values())))
             yield self
 
     def _take_scheduler(self, scheduler, undo: contextlib.ExitStack) -> None:

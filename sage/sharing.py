@@ -18,9 +18,9 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from diffusers import DiffusionPipeline
 
+from sage.denoiser import denoisers_of
 from sage.embed import embed_prompts
 from sage.families import DENOISERS, check_rules
 from sage.plan import SharingPlan
@@ -67,7 +67,7 @@ def enable(
     """
     if not isinstance(pipe, DiffusionPipeline):
         raise TypeError(f"pipe must be a diffusers pipeline, got {type(pipe).__name__}; for a loop of your own use sage.sample")
-    if not any(isinstance(getattr(pipe, name, None), torch.nn.Module) for name in DENOISERS):
+    if not denoisers_of(pipe):
         raise TypeError(f"{type(pipe).__name__} has no denoiser that sage knows (looked for {', '.join(DENOISERS)})")
     if plan is not None and not isinstance(plan, SharingPlan):
         raise TypeError(f"plan must be a sage.SharingPlan or None, got {type(plan).__name__}")

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from sage.families import DENOISERS
+from sage.denoiser import denoisers_of
 
 _SHOWN = 60  # characters of a refused value
 
@@ -47,8 +47,7 @@ class Adapter:
 
     def denoisers(self) -> list[torch.nn.Module]:
         """The modules that `denoise` calls."""
-        found = (getattr(self.pipe, name, None) for name in DENOISERS)
-        return [module for module in found if isinstance(module, torch.nn.Module)]
+        return list(denoisers_of(self.pipe).values())
 
     def check_inputs(self, prompts: list[str], negatives: list[str] | None) -> None:
         """The pipeline's own check of its arguments."""

@@ -1,4 +1,4 @@
-"""The stochastic form of a step, which the members of a group take as they part: each with noise of its own."""
+"""The stochastic form of a step, for rows that come from one row and get noise of their own on the way."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PARTING, PARTED = 1, 2  # what a row of the table may be besides itself; see `br
 
 
 def branch_rows(table: CoefficientTable, eta: float) -> np.ndarray:
-    """The rows of a table, and those that members of a group take where it parts.
+    """The rows of a table, and those for rows that part from the others of one parent.
 
     DDIM (arXiv:2010.02502, Eq. 12) may replace a part of the noise in x' by fresh noise of standard deviation c:
 
@@ -35,8 +35,8 @@ def branch_rows(table: CoefficientTable, eta: float) -> np.ndarray:
         eta: strength of the noise, in [0, 1].
 
     Returns:
-        float64 [4*S, 16]. Row i + S*kind is row i of the table as taken by a row of `kind`: 0: any other; `PARTING`: a member,
-        after the last call of its group; `PARTED`: the call after that; `PARTING` + `PARTED`: both.
+        float64 [4*S, 16]. Row i + S*kind is row i of the table as taken by a row of `kind`: 0: any other; `PARTING`: it
+        has a parent in common with others; `PARTED`: the call after that; `PARTING` + `PARTED`: both.
 
     Raises:
         NotImplementedError: the solver stores something other than the denoised sample.
