@@ -264,9 +264,9 @@ def _shifts_rows() -> bool:
     return not _split_low_high_freq(one_of_two)[0][0].any()
 
 
-def has_cache(pipe) -> bool:
-    """Whether a denoiser of the pipeline has a cache: then its rows must stay in one piece."""
-    return bool(_hooks_in(list(denoisers_of(pipe).values())))
+def cache_hooks(pipe) -> list[str]:
+    """Names of the hook classes of caches in the pipeline's denoisers; with any, the rows of a call must stay in one piece."""
+    return [type(hook).__name__ for hook in _hooks_in(list(denoisers_of(pipe).values()))]
 
 
 def _hooks_in(modules: list[torch.nn.Module]) -> list:

@@ -34,9 +34,12 @@ _installing = threading.Lock()
 
 def denoisers_of(pipe) -> dict[str, torch.nn.Module]:
     """The denoisers of a pipeline by the names of its attributes; each once."""
-    found = {name: getattr(pipe, name, None) for name in DENOISERS}
-    modules = {id(module): name for name, module in reversed(found.items()) if isinstance(module, torch.nn.Module)}
-    return {name: found[name] for name in found if name in modules.values()}
+    found: dict[str, torch.nn.Module] = {}
+    for name in DENOISERS:
+        module = getattr(pipe, name, None)
+        if isinstance(module, torch.nn.Module) and not any(module is other for other in found.values()):
+            found[name] = module
+    return found
 
 
 class Interception:
@@ -97,7 +100,7 @@ def _calling_scheduler(run: Any) -> Any:
             break
         caller = call.f_locals.get("self")
         if isinstance(caller, DiffusionPipeline):
-            return caller.scheduler
+            return getattr(caller, "scheduler", None)
     return run.pipe.scheduler
 
 
@@ -269,6 +272,7 @@ class Pieces:
         """The pieces' outputs as one of k·R rows."""
         if self.whole:
             return outputs[0]
+
         def apply(parts):
             if torch.is_tensor(parts[0]):
                 return torch.cat(list(parts)).index_select(0, self._on(parts[0].device, None))
@@ -314,7 +318,9 @@ class Launcher:
         """
         while True:
             key = num_nodes, copies, self._most_nodes(max(num_nodes, pad_to), copies), pad_to > 0
-            pieces = self._pieces.setdefault(key, Pieces(*key))
+            if key not in self._pieces:
+                self._pieces[key] = Pieces(*key)
+            pieces = self._pieces[key]
             outputs: list[Any] = []
             try:
                 for number in range(len(pieces.sizes)):

@@ -14,7 +14,7 @@ from diffusers import DiffusionPipeline
 from tqdm.auto import tqdm
 
 from sage import native
-from sage.caches import has_cache
+from sage.caches import cache_hooks
 from sage.embed import embed_prompts
 from sage.generation_checks import check_options, check_pipe_kwargs, check_seeds, is_text, texts_of_pictures
 from sage.grouping import plan_prompts
@@ -248,7 +248,7 @@ class _Loop:
     def __init__(
         self, pipe, engine: str, kwargs: dict, trunk: Trunk | None, keep_trunks: bool, branch_noise: float, branch_back: int
     ):
-        self.pipe, self.kwargs, self.whole = pipe, kwargs, has_cache(pipe)
+        self.pipe, self.kwargs, self.whole = pipe, kwargs, bool(cache_hooks(pipe))
         self.engine, self.reason = "hook" if engine == "hook" else "native", ""
         self._trunk, self._keep_trunks = trunk, keep_trunks
         self._branch_noise, self._branch_back = branch_noise, branch_back

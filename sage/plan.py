@@ -11,7 +11,7 @@ every row is evaluated twice, shared or not, so the saving is the same.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -113,6 +113,11 @@ class Node:
     def single(cls, leaf: int) -> "Node":
         """The node of one leaf, which runs alone to the last call."""
         return cls((leaf,), leaf, 1.0)
+
+    def renamed(self, names: "Mapping[int, int] | Sequence[int]") -> "Node":
+        """This tree with leaf i called names[i]."""
+        members = tuple(names[member] for member in self.members)
+        return Node(members, names[self.representative], self.until, tuple(child.renamed(names) for child in self.children))
 
     def walk(self) -> Iterator[tuple["Node", int]]:
         """Every node of this tree with its depth, parents before children, children in order."""
@@ -234,7 +239,7 @@ class SharingPlan:
                              f"one, got {short(chosen)}")
         original = sorted(member for root in chosen for member in self.roots[root].members)
         renumber = {index: position for position, index in enumerate(original)}
-        nodes = tuple(_renumbered(self.roots[root], renumber) for root in chosen)
+        nodes = tuple(self.roots[root].renamed(renumber) for root in chosen)
         plan = SharingPlan(tuple(self.leaves[i] for i in original), nodes, self.encoder, self.similarity)
         return plan, np.array(original, dtype=np.int64)
 
@@ -393,9 +398,3 @@ def _similarity(value: Any) -> float:
     if not -1.0 <= value <= 1.0:
         raise ValueError(f"SharingPlan: similarity must be in [-1, 1], got {value}")
     return float(value)
-
-
-def _renumbered(node: Node, renumber: dict[int, int]) -> Node:
-    members = tuple(renumber[member] for member in node.members)
-    children = tuple(_renumbered(child, renumber) for child in node.children)
-    return Node(members, renumber[node.representative], node.until, children)

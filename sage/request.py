@@ -75,7 +75,7 @@ class Request:
             of_kind = [i for i, pictures in enumerate(of_prompts) if pictures == kind]
             part = plan_prompts([self.prompts[i] for i in of_kind], _some(embeddings, of_kind), **options)
             leaves = [i * self.images + k for i in of_kind for k in range(self.images)]
-            roots += [_moved(root, leaves) for root in part.roots]
+            roots += [root.renamed(leaves) for root in part.roots]
         return replace(whole, roots=tuple(roots))
 
 
@@ -95,12 +95,6 @@ def _rows(given: Mapping[str, Any]) -> int | None:
 
 def _some(embeddings: Embeddings, chosen: Sequence[int]) -> Embeddings:
     return replace(embeddings, vectors=embeddings.vectors[list(chosen)], unknown=embeddings.unknown[list(chosen)])
-
-
-def _moved(node: Node, leaves: Sequence[int]) -> Node:
-    """The node with leaf i renamed to leaves[i]."""
-    members = tuple(leaves[member] for member in node.members)
-    return Node(members, leaves[node.representative], node.until, tuple(_moved(child, leaves) for child in node.children))
 
 
 def _init_images(pipe, given: Mapping[str, Any]) -> list[str]:

@@ -4,10 +4,10 @@
         images = pipe(prompts).images
     print(sharing.stats)
 
-Nothing in the pipeline's loop changes: it goes on seeing one row per picture. During a call a stand-in for the denoiser's call reduces
-the rows of every argument to one per node of the plan, runs the denoiser on those, and gives every picture its node's row
-back; the scheduler's `step` keeps the rows of a node equal. Both are installed when a call begins and gone when it ends,
-however it ends, so between calls the pipeline differs from a stock one only by its (sub)class.
+Nothing in the pipeline's loop changes: it goes on seeing one row per picture. During a call, what stands in front of the denoiser
+reduces the rows of every argument to one per node of the plan, runs the denoiser on those, and gives every picture its node's row
+back; the scheduler's `step` keeps the rows of a node equal. Both are installed when a call begins and gone when it ends, however
+it ends, so between calls the pipeline differs from a stock one only by its (sub)class.
 """
 
 from __future__ import annotations

@@ -17,11 +17,6 @@ SEEDS = [100 + number for number in range(len(PROMPTS))]
 LEAVES = [sage.Leaf(prompt, seed=seed) for prompt, seed in zip(PROMPTS, SEEDS)]
 
 
-def worst(a, b) -> float:
-    assert a.shape == b.shape and torch.isfinite(a).all()
-    return (a - b).abs().max().item() / max(1.0, b.abs().max().item())
-
-
 def philox(leaf: int, call: int, shape=SHAPE) -> torch.Tensor:
     """[1, ...]: what the kernel draws for a leaf's seed at a call."""
     count = torch.Size(shape).numel()

@@ -8,7 +8,6 @@ import copy
 
 import torch
 
-
 _STOCHASTIC = ("EulerAncestralDiscreteScheduler", "DDPMScheduler", "LCMScheduler", "SASolverScheduler")
 
 

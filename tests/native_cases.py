@@ -198,16 +198,6 @@ def hooked(pipe, plan, kwargs, negatives=NEGATIVES, gens=None, output_type="late
     return pictures, sharing.stats, sharing.resolved
 
 
-def worst(a, b) -> float:
-    a, b = (torch.as_tensor(x) for x in (a, b))
-    assert a.shape == b.shape and torch.isfinite(a).all()
-    return (a - b).abs().max().item() / max(1.0, b.abs().max().item())
-
-
-def far(a, b) -> bool:
-    return min((x - y).abs().max().item() for x, y in zip(a, b)) > 1e-3
-
-
 class Rows:
     """Counts the rows of the denoiser's calls."""
 

@@ -4,7 +4,8 @@ import diffusers
 import native_cases
 import pytest
 import torch
-from hand_branch import GUIDANCE, LEAVES, SEEDS, SHAPE, STEPS, Row, Setting, philox, worst
+from hand_branch import GUIDANCE, LEAVES, SEEDS, SHAPE, STEPS, Row, Setting, philox
+from measures import far, worst
 from native_cases import CASES, Rows
 from test_branch_rows import OWN_STEP, WITHOUT
 from test_graphs import tapes  # noqa: F401, a fixture
@@ -232,12 +233,12 @@ def test_both_engines_part_alike(name):
             ours, theirs = native_cases.generators(), native_cases.generators()
             expected = native_cases.hooked(pipe, plan, case.kwargs, gens=theirs, branch_noise=ETA)[0]
             got = native_cases.native(pipe, plan, case.kwargs, gens=ours, branch_noise=ETA)[0]
-            assert native_cases.worst(got, expected) <= 1e-5, solver
+            assert worst(got, expected) <= 1e-5, solver
             assert all(torch.equal(a.get_state(), b.get_state()) for a, b in zip(ours, theirs))
             plain = native_cases.native(pipe, plan, case.kwargs)[0]
             leaders = [0, 1] if solver in OWN_STEP and plan == native_cases.flat() else [2, 1] if solver in OWN_STEP else []
             members = [leaf for leaf in range(5) if leaf not in leaders]  # a leader's own draws were the trunk's
-            assert native_cases.far(got[members], plain[members])
+            assert far(got[members], plain[members])
 
 
 @pytest.mark.parametrize("engine", ["native", "hook"])

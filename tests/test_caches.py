@@ -14,6 +14,7 @@ from diffusers.hooks.sea_cache import SeaCacheSharedState
 from diffusers.models.cache_utils import CacheMixin
 from families import FAMILIES
 from families.case import GROUPS, PICTURES, draw
+from measures import worst
 
 import sage
 from sage import Leaf, Node, SharingPlan
@@ -213,10 +214,6 @@ def by_hand(family, pipe, case, plan):
 def shared(family, pipe, plan, **options):
     with sage.enable(pipe, plan, **options) as sharing:
         return draw(family, pipe), sharing.stats
-
-
-def worst(a, b):
-    return (a - b).abs().max().item() / max(1.0, b.abs().max().item())
 
 
 @pytest.mark.support("cache")

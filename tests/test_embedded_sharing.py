@@ -3,6 +3,7 @@
 import pytest
 import torch
 from diffusers import DDIMScheduler, PNDMScheduler
+from measures import worst
 
 import sage
 from sage import Leaf, SageScheduler, SharingPlan
@@ -22,10 +23,6 @@ def pipe():
 def draw(pipe):
     generators = [torch.Generator().manual_seed(seed) for seed in range(len(PROMPTS))]
     return pipe(PROMPTS, generator=generators, num_inference_steps=4, guidance_scale=2.5, output_type="latent").images
-
-
-def worst(a, b):
-    return (a - b).abs().max().item() / max(1.0, b.abs().max().item())
 
 
 @pytest.mark.parametrize("solver", ["ddim", "euler-a", "dpm++2m", "dpm++2m-sde", "unipc"])

@@ -6,6 +6,7 @@ import pytest
 import torch
 from families import FAMILIES
 from families.case import GROUPS, PICTURES, draw, shared_by_hand
+from measures import worst
 from torch._dynamo.testing import CompileCounter
 
 import sage
@@ -18,10 +19,6 @@ COMPILED = ("Stable Diffusion", "Stable Diffusion XL", "Stable Diffusion 3", "Fl
 
 def flat(share):
     return SharingPlan.flat(LEAVES, GROUPS, share, representatives=[group[0] for group in GROUPS])
-
-
-def worst(a, b):
-    return (a - b).abs().max().item() / max(1.0, b.abs().max().item())
 
 
 @pytest.fixture(scope="module", params=FAMILIES, ids=lambda family: family.name)

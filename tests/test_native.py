@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from measures import far, worst
 from native_cases import (
     CASES,
     FLOW,
@@ -11,7 +12,6 @@ from native_cases import (
     PROMPTS,
     Rows,
     apart,
-    far,
     flat,
     generators,
     hooked,
@@ -19,7 +19,6 @@ from native_cases import (
     stock,
     tree,
     with_solver,
-    worst,
 )
 
 import sage

@@ -12,6 +12,7 @@ from diffusers import (
 )
 from families import unets, videos
 from families.unet_parts import relative
+from measures import worst
 from native_cases import (
     CASES,
     GUIDED,
@@ -31,7 +32,6 @@ from native_cases import (
     stock,
     wan,
     with_solver,
-    worst,
     xl,
 )
 
@@ -239,7 +239,7 @@ def test_caches():
     pipe = flux()
     pipe.transformer.enable_cache(FirstBlockCacheConfig())
     kwargs = BUILDS["Flux"][1]
-    refused(pipe, kwargs, r"FluxTransformer2DModel: a cache is on \(FBC\w+\)")
+    refused(pipe, kwargs, r"FluxPipeline: a cache is on \(FBC\w+\)")
     pipe.transformer.disable_cache()
     native(pipe, flat(), kwargs)
 

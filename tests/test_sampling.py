@@ -4,6 +4,7 @@ import pytest
 import torch
 from hand_branch import Row, Setting
 from hand_loop import shared_latents
+from measures import worst
 from spy import FullSizeOps
 from tiny import NEGATIVES, PROMPTS, stable_diffusion
 
@@ -61,10 +62,6 @@ class Native:
         if self.table.stochastic and "seeds" not in options:
             options["noise"] = self.noise
         return sage.sample(self.denoise, plan, self.table, self.x_init, self.embeds, **options)
-
-
-def worst(a, b):
-    return (a - b).abs().max().item() / max(1.0, b.abs().max().item())
 
 
 @pytest.mark.parametrize("solver", SHARED_SOLVERS)

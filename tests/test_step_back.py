@@ -6,7 +6,8 @@ import diffusers
 import native_cases
 import pytest
 import torch
-from hand_branch import GUIDANCE, LEAVES, SEEDS, SHAPE, STEPS, Row, Setting, philox, worst
+from hand_branch import GUIDANCE, LEAVES, SEEDS, SHAPE, STEPS, Row, Setting, philox
+from measures import far, worst
 from native_cases import CASES
 from tiny import PROMPTS, stable_diffusion
 
@@ -258,7 +259,7 @@ def test_pipelines_step_back(name):
         assert all(torch.equal(a.get_state(), b.get_state()) for a, b in zip(ours, theirs)), solver
         assert more["rows"] == plan.resolve(stats["num_calls"]).rows_made(1) and len(more["rows"]) == stats["num_calls"] + 1
         assert more["nfe"] == sum(more["rows"]) == plan.cost(stats["num_calls"], branch_back=1).nfe > stats["nfe"]
-        assert native_cases.far(got, plain), solver
+        assert far(got, plain), solver
 
 
 @pytest.mark.parametrize("solver", ["unipc", "euler-a"])

@@ -5,7 +5,8 @@ import dataclasses
 import native_cases
 import pytest
 import torch
-from hand_branch import GUIDANCE, LEAVES, SEEDS, SHAPE, STEPS, Row, Setting, worst
+from hand_branch import GUIDANCE, LEAVES, SEEDS, SHAPE, STEPS, Row, Setting
+from measures import worst
 from native_cases import CASES, Rows
 from safetensors import safe_open
 from safetensors.torch import save_file

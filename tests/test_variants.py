@@ -7,8 +7,9 @@ import torch
 from families.case import PICTURES, draw, shared_by_hand
 from families.unet_parts import GUIDANCE, averages, doubled, guided, images, prompts, texts
 from families.unets import CONTROLNET, IMG2IMG, INPAINT, PAG, STABLE_DIFFUSION
+from measures import far, worst
 from PIL import Image
-from variant_checks import BRANCH, LEAVES, check, far, flat, given, worst
+from variant_checks import BRANCH, LEAVES, check, flat, given
 
 import sage
 from sage import SharingPlan

@@ -10,8 +10,9 @@ from diffusers.models.attention_processor import IPAdapterAttnProcessor
 from families.case import PICTURES, draw, shared_by_hand
 from families.unet_parts import IMAGE_WIDTH, averages, guided, images, prompts, relative, texts, vision_encoder
 from families.unets import CONTROLNET, STABLE_DIFFUSION, control_residuals, controlnet, widened
+from measures import far, worst
 from tiny import randomise
-from variant_checks import BRANCH, LEAVES, check, far, flat, given, worst
+from variant_checks import BRANCH, LEAVES, check, flat, given
 
 import sage
 from sage import SharingPlan

@@ -7,7 +7,8 @@ import torch
 from families.case import GROUPS, PICTURES, SEEDS, draw, shared_by_hand
 from families.unet_parts import GUIDANCE
 from families.unet_xl import EMBEDS, REFINER, SDXL, kandinsky_combined, xl_row
-from variant_checks import BRANCH, CALLS, LEAVES, check, far, flat, given, worst
+from measures import far, worst
+from variant_checks import BRANCH, CALLS, LEAVES, check, flat, given
 
 import sage
 from sage import SharingPlan

@@ -9,9 +9,11 @@ import pytest
 import torch
 from diffusers.models.attention_processor import AttnProcessor
 from families import FAMILIES
-from families.case import GROUPS, PICTURES, SEEDS
+from families.case import PICTURES
 from families.case import draw as draw_family
-from tiny import NEGATIVES, PROMPTS, stable_diffusion
+from measures import worst
+from sd_calls import GROUPS, LEAVES, SEEDS, draw, flat
+from tiny import PROMPTS, stable_diffusion
 from torch._dynamo.testing import CompileCounter
 
 import sage
@@ -21,9 +23,6 @@ from sage.families import RULES
 from sage.rows import map_rows
 from sage.run import Run
 
-LEAVES = [Leaf(prompt) for prompt in PROMPTS]
-STEPS = 6
-
 
 @pytest.fixture
 def pipe():
@@ -32,23 +31,9 @@ def pipe():
     return stable_diffusion()
 
 
-def draw(pipe, **kwargs):
-    """Latents [5, 4, 8, 8] of one call, a generator per picture."""
-    options = dict(num_inference_steps=STEPS, guidance_scale=3.0, output_type="latent", negative_prompt=NEGATIVES) | kwargs
-    return pipe(PROMPTS, generator=[torch.Generator().manual_seed(seed) for seed in SEEDS], **options).images
-
-
-def flat(share=0.5, groups=GROUPS):
-    return SharingPlan.flat(LEAVES, groups, share, representatives=[group[0] for group in groups])
-
-
 def tree():
     pair = Node((0, 2), 0, 0.67, (Node.single(0), Node.single(2)))
     return SharingPlan.tree(LEAVES, [Node((0, 2, 4), 4, 0.34, (pair, Node.single(4)))])
-
-
-def worst(a, b):
-    return (a - b).abs().max().item() / max(1.0, b.abs().max().item())
 
 
 def shared(pipe, plan=None, **options):

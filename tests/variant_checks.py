@@ -3,20 +3,13 @@
 from dataclasses import replace
 
 from families.case import GROUPS, PICTURES, SEEDS, draw, shared_by_hand
+from measures import far, worst
 
 import sage
 from sage import Leaf, SharingPlan
 
 BRANCH, CALLS = 2, 4
 LEAVES = [Leaf(f"picture {number}") for number in PICTURES]
-
-
-def worst(a, b):
-    return (a - b).abs().max().item() / max(1.0, b.abs().max().item())
-
-
-def far(a, b):
-    return min((x - y).abs().max().item() for x, y in zip(a, b)) > 1e-3
 
 
 def flat(groups=GROUPS, leaves=LEAVES, share=BRANCH / CALLS):

@@ -100,6 +100,17 @@ def draw(
     for name, given in (("prompts", prompts), ("negatives", negatives), ("generators", generators)):
         if given is not None and len(given) != leaves:
             raise ValueError(f"{name} must hold {leaves} entries, one per leaf of the plan, got {len(given)}")
-    texts = list(prompts), None if negatives is None else list(negatives)
-    made, back = adapter(pipe, call_kwargs), integer(branch_back, "branch_back", 0)
-    return run(made, plan, *texts, list(generators), on_call, max_rows, graphs, trunk, on_part, branch_noise, back)
+    return run(
+        adapter(pipe, call_kwargs),
+        plan,
+        list(prompts),
+        None if negatives is None else list(negatives),
+        list(generators),
+        on_call=on_call,
+        max_rows=max_rows,
+        graphs=graphs,
+        trunk=trunk,
+        on_part=on_part,
+        branch_noise=branch_noise,
+        branch_back=integer(branch_back, "branch_back", 0),
+    )

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from sage.caches import cache_hooks
 from sage.denoiser import denoisers_of
 
 _SHOWN = 60  # characters of a refused value
@@ -42,7 +43,7 @@ class Adapter:
     def __init__(self, pipe, call_kwargs: Mapping[str, Any]):
         self.pipe, self.device = pipe, pipe._execution_device
         self.asked = _asked(pipe, call_kwargs, self.arguments)
-        _refuse_caches(self.denoisers())
+        _refuse_caches(pipe)
         _refuse_device_maps(pipe)
 
     def denoisers(self) -> list[torch.nn.Module]:
@@ -113,17 +114,14 @@ def _same(value: Any, default: Any) -> bool:
     return value is default or (isinstance(value, plain) and isinstance(default, plain) and value == default)
 
 
-def _refuse_caches(denoisers: list[torch.nn.Module]) -> None:
+def _refuse_caches(pipe) -> None:
     """Refuse what skips work by what earlier calls left behind: it goes by the calls of the pipeline's own loop."""
-    for module in denoisers:
-        for part in module.modules():
-            hooks = getattr(getattr(part, "_diffusers_hook", None), "hooks", {})
-            stateful = [type(hook).__name__ for hook in hooks.values() if getattr(hook, "_is_stateful", False)]
-            if stateful:
-                raise NotNative(
-                    f"{type(module).__name__}: a cache is on ({stateful[0]}), which the native loop does not know; disable it "
-                    "(disable_cache), or call the pipeline inside sage.enable"
-                )
+    hooks = cache_hooks(pipe)
+    if hooks:
+        raise NotNative(
+            f"{type(pipe).__name__}: a cache is on ({hooks[0]}), which the native loop does not know; disable it (disable_cache), or "
+            "call the pipeline inside sage.enable"
+        )
 
 
 def _refuse_device_maps(pipe) -> None:

@@ -28,6 +28,7 @@ def run(
     prompts: list[str],
     negatives: list[str] | None,
     generators: list[torch.Generator],
+    *,
     on_call: Callable[[int, int], None] | None,
     max_rows: int | None,
     graphs: bool,

@@ -4,6 +4,7 @@ import diffusers
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.models.embeddings import get_2d_rotary_pos_embed
+
 from families import dits_flux, dits_llm
 from families.case import Family
 from families.dits_parts import GUIDANCE, SIZE, both, guided, noise, pipeline, text

@@ -3,9 +3,10 @@
 import diffusers
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
+from tiny import randomise
+
 from families.case import SEEDS, Family
 from families.dits_parts import GUIDANCE, SIZE, apart, embeddings, even_sigmas, flow_shift, noise, pack, pipeline, text
-from tiny import randomise
 
 TOKENS = 6  # of a prompt
 SIDE = 4  # packed latents are SIDE × SIDE tokens

@@ -3,6 +3,7 @@
 import diffusers
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
+
 from families.case import Family
 from families.dits_parts import (
     GUIDANCE,

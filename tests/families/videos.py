@@ -6,10 +6,11 @@ import torch
 from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from diffusers.models.embeddings import get_3d_rotary_pos_embed
 from diffusers.pipelines.mochi.pipeline_mochi import linear_quadratic_schedule
+from tiny import randomise
+
 from families.case import Family
 from families.dits_parts import GUIDANCE, STEPS, apart, both, even_sigmas, flow_shift, guided, noise, pipeline, text
 from families.unet_parts import redrawn
-from tiny import randomise
 
 TOKENS = 6  # of a prompt
 CHANNELS, FRAMES, SIDE = 4, 2, 8  # of the latents
