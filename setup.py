@@ -1,4 +1,4 @@
-"""Builds the native kernels, sage_kernels._C; everything else about the package is in pyproject.toml.
+"""Builds the native code: the kernels, sage_kernels._C, and the grouping core, sage_kernels._grouping. All else is in pyproject.toml.
 
 SAGE_BUILD=auto   (default) C++ kernels on Linux x86-64 if torch's headers and a C++ compiler are there, else a pure-Python
                   package which works and says at first use what is missing and how to get it; CUDA kernels too if torch is
@@ -13,7 +13,8 @@ What was built, or why not, is recorded in sage_kernels/_build_info.json.
 
 pip builds in an isolated environment without torch, and downloading a second torch there only to read its headers would take
 gigabytes. So torch is no build requirement: an isolated build reads the torch of the environment it installs into, if there is
-one. The binary uses torch's stable ABI and Python's: it loads with every torch from 2.10 and every Python from 3.10 on.
+one. The kernels use torch's stable ABI and Python's: they load with every torch from 2.10 and every Python from 3.10 on. The
+grouping core knows no torch; it is made by pybind11, for the Python that builds it, and with it the wheel.
 """
 
 import glob
@@ -26,7 +27,7 @@ import subprocess
 import sys
 import sysconfig
 
-from setuptools import setup
+from setuptools import Extension, setup
 from setuptools.command.build_py import build_py
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -46,6 +47,7 @@ COMPILE = [
 ]  # fmt: skip
 # The .cu files know no torch: nvcc compiles them to objects, and a static runtime makes a library that loads without CUDA.
 NVCC = ["-O3", "-std=c++17", "-fmad=false", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+GROUPING = ["-O3", "-std=c++17", "-ffp-contract=off", "-fvisibility=hidden", "-g0", "-Wall"]
 CUDART = ["cudart_static", "dl", "rt", "pthread"]
 
 
@@ -200,6 +202,25 @@ def find_cuda(torch, record):
     return cuda
 
 
+def grouping_core(cpp_extension):
+    """The extension of the grouping core; without pybind11 itself it takes the headers that come with torch."""
+    try:
+        import pybind11
+
+        headers = [pybind11.get_include()]
+    except ImportError:
+        headers = cpp_extension.include_paths()
+    return Extension(
+        "sage_kernels._grouping",
+        ["csrc/grouping/module.cpp"],
+        include_dirs=headers,
+        depends=HEADERS,
+        language="c++",
+        extra_compile_args={"cxx": GROUPING},
+        extra_link_args=["-Wl,-s", "-pthread"] if sys.platform == "linux" else [],
+    )
+
+
 def native_build(record):
     """Arguments of setup() that build the extension. Raises Missing."""
     if MODE == "auto" and sysconfig.get_platform() != TESTED:
@@ -207,8 +228,8 @@ def native_build(record):
         raise Missing(reason, f"SAGE_BUILD=cpu {REINSTALL}")
     version = compiler()
     torch, cpp_extension = import_torch()
-    cuda = find_cuda(torch, record)
-    record.facts.update(torch=torch.__version__, compiler=version, flags=" ".join(COMPILE), native=["cpu"])
+    cuda, core = find_cuda(torch, record), grouping_core(cpp_extension)
+    record.facts.update(torch=torch.__version__, compiler=version, flags=" ".join(COMPILE), native=["cpu", "grouping"])
 
     class BuildNative(cpp_extension.BuildExtension):
         """Compiles with ninja; in auto mode a failure leaves a pure-Python package behind."""
@@ -262,9 +283,8 @@ def native_build(record):
     kinds = f"C++ and CUDA kernels, nvcc {cuda[1]}" if cuda else f"C++ kernels (no CUDA kernels: {record.facts['cuda_reason']})"
     say(f"SAGE_BUILD={MODE}: {kinds}, torch {torch.__version__}, {version}")
     return {
-        "ext_modules": [extension],
+        "ext_modules": [extension, core],
         "cmdclass": {"build_ext": BuildNative},
-        "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
     }
 
 

@@ -45,7 +45,7 @@ def build_info():
     """What the installation compiled: {"mode", "native", "reason", "mend", "torch", "compiler", "flags", "nvcc", "cuda_archs",
     "cuda_reason", "version"}.
 
-    `native` lists the compiled backends; `reason` says why it is empty, or is None; `mend` is the command which changes that;
+    `native` lists the compiled backends, and "grouping" for the grouping core; `reason` says why it is empty, or is None; `mend` is the command which changes that;
     `cuda_reason` says why it has no CUDA kernels, or is None; `cuda_archs` are the GPU architectures of those it has.
     """
     return _UNBUILT | (json.loads(_INFO.read_text()) if _INFO.exists() else {})

@@ -136,7 +136,7 @@ def test_instruction_sets_can_be_forced_and_given_back():
 @needs_native
 def test_build_info_says_what_was_built():
     info = backends.build_info()
-    assert info["native"] in (["cpu"], ["cpu", "cuda"]) and info["reason"] is None and info["version"] == sage_kernels.__version__
+    assert info["native"] in (["cpu", "grouping"], ["cpu", "grouping", "cuda"]) and info["reason"] is None and info["version"] == sage_kernels.__version__
     assert info["torch"] and info["compiler"] and "-ffp-contract=off" in info["flags"]
     assert bool(info["nvcc"] and info["cuda_archs"]) == ("cuda" in info["native"]) == (info["cuda_reason"] is None)
     json.dumps(info)

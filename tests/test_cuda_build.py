@@ -142,7 +142,7 @@ def test_the_library_with_cuda_kernels_loads_on_a_torch_without(built, tmp_path)
     site = tmp_path / "site"
     zipfile.ZipFile(wheel).extractall(site)
     facts = json.loads((site / "sage_kernels" / "_build_info.json").read_text())
-    assert facts["native"] == ["cpu", "cuda"] and facts["cuda_archs"] == list(ARCHS) and facts["cuda_reason"] is None and facts["nvcc"]
+    assert facts["native"] == ["cpu", "grouping", "cuda"] and facts["cuda_archs"] == list(ARCHS) and facts["cuda_reason"] is None and facts["nvcc"]
     code = """
 import sys
 sys.meta_path = [f for f in sys.meta_path if "Editable" not in getattr(f, "__name__", "")]  # of a development install
@@ -206,7 +206,7 @@ def test_auto_keeps_the_cpp_kernels_when_nvcc_fails(tree, tmp_path):
     run = build(tree, SAGE_BUILD="auto", CUDACXX=a_fake_nvcc(tmp_path, archs=("75", "80", "90"), fails=True))
     assert run.returncode == 0, run.stderr
     made = facts(tree)
-    assert made["native"] == ["cpu"] and made["cuda_reason"].startswith("nvcc failed") and made["cuda_archs"] == []
+    assert made["native"] == ["cpu", "grouping"] and made["cuda_reason"].startswith("nvcc failed") and made["cuda_archs"] == []
     assert "no CUDA kernels: nvcc failed" in run.stderr and "-DSAGE_CUDA" not in made["flags"]
     asked = (tmp_path / "asked.txt").read_text()
     assert "code=sm_80" in asked and "code=sm_90" in asked and "sm_100" not in asked

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sage.embed import Embeddings
-from sage.grouping import group, medoid, plan_prompts, similarity_matrix, tree_plan
+from sage.grouping import group, medoid, similarity_matrix
+from sage.plans import plan_prompts, tree_plan
 
 ROUNDING = 1e-6  # similarities are compared to six decimals
 
@@ -69,24 +70,6 @@ def test_groups_do_not_depend_on_the_order(seed, similarity, max_size):
     for shuffle in range(3):
         order = random.Random(shuffle).sample(range(len(keys)), len(keys))
         assert groups_by_key(vectors[order], [keys[i] for i in order], similarity, max_size) == expected
-
-
-@given(**cases)
-@settings(max_examples=60, deadline=None)
-def test_groups_equal_complete_linkage_written_naively(seed, similarity, max_size):
-    vectors = random_vectors(seed, 14)
-    keys = [f"{i:03}" for i in range(len(vectors))]
-    alike = similarity_matrix(vectors)
-    clusters = [[i] for i in range(len(keys))]
-    while True:
-        joins = [(-alike[np.ix_(a, b)].min(), a[0], b[0], a, b) for a in clusters for b in clusters
-                 if a[0] < b[0] and len(a) + len(b) <= max_size and alike[np.ix_(a, b)].min() >= similarity]
-        if not joins:
-            break
-        *_, a, b = min(joins)
-        clusters.remove(b)
-        clusters[clusters.index(a)] = [a[0], *sorted(a[1:] + b)]
-    assert group(vectors, keys, similarity, max_size) == sorted(map(tuple, clusters))
 
 
 @given(seed=st.integers(0, 2**32))
@@ -214,6 +197,15 @@ def test_tree_plan_parts_the_less_alike_earlier(seed, images, similarity):
     assert {root.members for root in flat.roots} == {root.members for root in tree.roots}
 
 
+def test_each_group_parts_by_its_own_similarity():
+    vectors = np.array([[1.0, 0], [0.8, 0.6], [-1, 0], [-1, 0.01], [0, -1]])
+    plan = plan_prompts(list("abcde"), vectors, share=(0.2, 0.6), similarity=0.6)
+    assert [(root.members, round(root.until, 3)) for root in plan.roots] == [((0, 1), 0.4), ((2, 3), 0.6), ((4,), 1.0)]
+    alike = similarity_matrix(vectors)[2, 3]
+    assert plan.roots[1].until == 0.2 + (0.6 - 0.2) * (alike - 0.6) / 0.4
+    assert plan_prompts(list("abcde"), vectors, share=(0.3, 0.3)) == plan_prompts(list("abcde"), vectors, share=0.3)
+
+
 def test_shares_at_the_ends():
     alone = plan_prompts(PROMPTS, VECTORS, share=0)
     assert alone.cost(20).saving == 0
@@ -263,7 +255,9 @@ NAN[4, 1], ZERO[2] = np.nan, 0
     (lambda: plan_prompts(PROMPTS, NAN), "must be finite"),
     (lambda: plan_prompts(PROMPTS, VECTORS, share=1.4), r"plan_prompts: share must be in \[0, 1\], got 1.4"),
     (lambda: plan_prompts(PROMPTS, VECTORS, share=-0.1), r"share must be in \[0, 1\]"),
-    (lambda: plan_prompts(PROMPTS, VECTORS, share=(0.2, 0.4)), "share must be a number"),
+    (lambda: plan_prompts(PROMPTS, VECTORS, share="0.4"), "plan_prompts: share must be a number"),
+    (lambda: plan_prompts(PROMPTS, VECTORS, share=(0.2, 0.4, 0.6)), r"share must be two numbers \(low, high\), got"),
+    (lambda: plan_prompts(PROMPTS, VECTORS, share=(0.6, 0.4)), "plan_prompts: share must be .low, high. with low <= high"),
     (lambda: plan_prompts(PROMPTS, VECTORS, similarity=3), r"plan_prompts: similarity must be in \(-1, 1\]"),
     (lambda: plan_prompts(PROMPTS, VECTORS, max_group_size=0), "plan_prompts: max_group_size must be at least 1"),
     (lambda: plan_prompts(PROMPTS, VECTORS, images_per_prompt=0), "images_per_prompt must be at least 1"),

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import zipfile
 from importlib import metadata
 from pathlib import Path
@@ -50,18 +51,19 @@ def use(site):
 import sys
 sys.meta_path = [f for f in sys.meta_path if "Editable" not in getattr(f, "__name__", "")]  # of a development install
 import torch, sage_kernels
-from sage_kernels import backends
+from sage_kernels import backends, grouping
 from sage_kernels.testing import random_case
 print(sage_kernels.__file__)
 print(backends.available()["cpu"])
+print(grouping.refusal)
 positional, keyword = random_case(torch.Generator().manual_seed(0), 3, 4, (20,))
 sage_kernels.branch_step(*positional, **keyword)
 """
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"PYTHONPATH": str(site)}
     run = subprocess.run([sys.executable, "-c", code], cwd=site, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    file, refusal = run.stdout.strip().split("\n")
-    assert Path(file).is_relative_to(site)
+    file, refusal, core = run.stdout.strip().split("\n")
+    assert Path(file).is_relative_to(site) and core == refusal
     return refusal, run.stderr
 
 
@@ -131,13 +133,15 @@ def test_an_explicit_choice_fails_loudly(tree, mode, variables, message):
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
-def test_native_wheel_is_one_for_every_python_and_runs(tree, tmp_path):
+def test_native_wheel_is_for_this_python_and_runs(tree, tmp_path):
     run = build(tree, "cpu")
     assert run.returncode == 0, run.stderr
     wheel = the_wheel(tree / "dist")
     facts, names = record(wheel)
-    assert "-cp310-abi3-" in wheel.name and "sage_kernels/_C.abi3.so" in names
-    assert facts["native"] == ["cpu"] and facts["reason"] is None and facts["version"] == sage_kernels.__version__
+    here = f"cp3{sys.version_info.minor}"
+    assert f"-{here}-{here}-" in wheel.name and "sage_kernels/_C.abi3.so" in names
+    assert f"sage_kernels/_grouping{sysconfig.get_config_var('EXT_SUFFIX')}" in names
+    assert facts["native"] == ["cpu", "grouping"] and facts["reason"] is None and facts["version"] == sage_kernels.__version__
     assert facts["cuda_reason"] == "SAGE_BUILD=cpu was asked for" and facts["cuda_archs"] == []
     site = tmp_path / "site"
     zipfile.ZipFile(wheel).extractall(site)
