@@ -3,36 +3,32 @@
     embeddings = embed_prompts(prompts)                       # the sentence encoder that comes with the package
     embeddings = embed_prompts(prompts, "pipeline", pipe)     # the pipeline's own pooled text encoder
     embeddings = embed_prompts(prompts, "sentence-transformers/all-MiniLM-L6-v2")     # or a folder
+    embeddings = embed_prompts(prompts, cache=True)           # prompts that were embedded before are read from disk
 
 Cosine similarities are not comparable between encoders: CLIP's are above 0.5 for prompts that have nothing in common,
 so `similarity=0.6` means something for sentence encoders only.
 
 Every distinct prompt is embedded once, in batches made from the sorted set of prompts, padded to a multiple of eight
 tokens. So vectors depend on the set of prompts alone, never on their order or repetition; prompts that come or go move
-the others by rounding at most.
+the others by rounding at most. With a cache, a vector is that of the run that first saw the prompt, to the bit.
 """
 
-import contextlib
-import functools
-import json
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from sage.embed_cache import open_store
+from sage.encoders import Encoder, find
 from sage.plan_checks import integer, texts
 
-__all__ = ["Embeddings", "embed_prompts"]
+__all__ = ["Embeddings", "distinct_vectors", "embed_prompts", "read_flags"]
 
-SHIPPED = "sage.emoji text encoder"  # the name of "auto" in records
-SHIPPED_TOKENS = 64  # the shipped encoder has positions for these; its tokenizer's own limit is the diffusion model's
-MOST_TOKENS = 256  # of any other encoder that could read more
 BUCKET = 8  # batches are padded to a multiple of this
-MEAN_POOLED = ("bert", "distilbert", "mt5", "roberta", "t5", "umt5", "xlm-roberta")  # in pipelines; CLIP pools itself
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,15 +50,6 @@ class Embeddings:
         return len(self.vectors)
 
 
-@dataclass(frozen=True)
-class _Encoder:
-    name: str
-    tokenizer: Any
-    limit: int  # tokens, special ones included
-    device: Any
-    pooled: Callable[[Any, Any], Any]  # input_ids, attention_mask, both int64 [n, length] → [n, d]
-
-
 def embed_prompts(
     prompts: Sequence[str],
     encoder: str = "auto",
@@ -71,6 +58,7 @@ def embed_prompts(
     progress: bool = False,
     *,
     device: Any = "cpu",
+    cache: str | Path | bool | None = None,
 ) -> Embeddings:
     """Embed prompts for grouping.
 
@@ -83,24 +71,51 @@ def embed_prompts(
         batch_size: prompts at once.
         progress: show a bar.
         device: where to run. "pipeline" runs where the pipeline does.
+        cache: a folder in which vectors are kept and looked up, True for the usual one (`sage.embed_cache`), None or
+            False for neither. Only prompts that are not in it are embedded; an encoder in a folder is not even
+            loaded when there are none. What is kept are vectors and digests, not the prompts.
 
     Returns:
         Embeddings, rows in the order of the prompts. Warns, with a count, about prompts that had to be cut and
-        about prompts that the encoder mostly does not know.
+        about prompts that the encoder mostly does not know, and about a cache that is damaged or cannot be used.
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong kind or out of range.
+        FileNotFoundError: there is no such folder.
+        NotImplementedError: the encoder does not read text alone, or pools in an unknown way.
+        RuntimeError: the encoder cannot be loaded, or gives no usable vector for a prompt.
     """
     prompts = texts(prompts, "embed_prompts: prompts")
     batch_size = integer(batch_size, "embed_prompts: batch_size", 1)
-    found = _find(encoder, pipe, device)
+    source = find(encoder, pipe, device)
     distinct = sorted(set(prompts))
     row_of = {prompt: row for row, prompt in enumerate(distinct)}
     rows = [row_of[prompt] for prompt in prompts]
-    words = found.tokenizer(distinct, add_special_tokens=False, verbose=False)["input_ids"]
-    unknown = np.array([_mostly_unknown(ids, found.tokenizer.unk_token_id) for ids in words])[rows]
-    room = found.limit - found.tokenizer.num_special_tokens_to_add()
-    cut = np.array([len(ids) > room for ids in words])[rows]
-    _warn(cut, prompts, f"are longer than the {found.limit} tokens that {found.name} reads, and were cut")
-    _warn(unknown, prompts, f"are mostly unknown to {found.name} and will not be grouped; another encoder may know them")
-    return Embeddings(_vectors(found, distinct, batch_size, progress)[rows], found.name, unknown)
+    store = open_store(cache, source)
+    stored = store.read(distinct) if store is not None else {}
+    unknown = np.array([prompt in stored and stored[prompt].unknown for prompt in distinct])
+    cut = np.array([prompt in stored and stored[prompt].cut for prompt in distinct])
+    missing = [row for row, prompt in enumerate(distinct) if prompt not in stored]
+    loaded = source.load() if missing else None
+    limit = loaded.limit if missing else store.limit
+    new = [distinct[row] for row in missing]
+    if missing:
+        unknown[missing], cut[missing] = read_flags(loaded, new)
+    _warn(cut[rows], prompts, f"are longer than the {limit} tokens that {source.name} reads, and were cut")
+    _warn(unknown[rows], prompts, f"are mostly unknown to {source.name} and will not be grouped; another encoder may know them")
+    if not missing:
+        return Embeddings(np.stack([stored[prompt].vector for prompt in prompts]), source.name, unknown[rows])
+    fresh = distinct_vectors(loaded, new, batch_size, progress)
+    if any(len(entry.vector) != fresh.shape[1] for entry in stored.values()):
+        removed = store.discard(f"holds vectors of another length than the {fresh.shape[1]} numbers of {source.name}")
+        return embed_prompts(prompts, encoder, pipe, batch_size, progress, device=device, cache=cache if removed else None)
+    if store is not None:
+        store.write(new, fresh, unknown[missing], cut[missing], limit)
+    vectors = np.empty((len(distinct), fresh.shape[1]), dtype=np.float32)
+    vectors[missing] = fresh
+    for prompt, entry in stored.items():
+        vectors[row_of[prompt]] = entry.vector
+    return Embeddings(vectors[rows], source.name, unknown[rows])
 
 
 def _warn(hit: np.ndarray, prompts: list[str], what: str) -> None:
@@ -110,12 +125,20 @@ def _warn(hit: np.ndarray, prompts: list[str], what: str) -> None:
                       stacklevel=3)
 
 
+def read_flags(encoder: Encoder, prompts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Which prompts an encoder mostly does not know, and which are longer than it reads: bool [n], bool [n]."""
+    words = encoder.tokenizer(prompts, add_special_tokens=False, verbose=False)["input_ids"]
+    room = encoder.limit - encoder.tokenizer.num_special_tokens_to_add()
+    unknown = np.array([_mostly_unknown(ids, encoder.tokenizer.unk_token_id) for ids in words])
+    return unknown, np.array([len(ids) > room for ids in words])
+
+
 def _mostly_unknown(ids: list[int], unknown_id: int | None) -> bool:
     """Whether at least half of a prompt's tokens are unknown, or there are none."""
     return 2 * sum(token == unknown_id for token in ids) >= len(ids)
 
 
-def _vectors(encoder: _Encoder, prompts: list[str], batch_size: int, progress: bool) -> np.ndarray:
+def distinct_vectors(encoder: Encoder, prompts: list[str], batch_size: int, progress: bool) -> np.ndarray:
     """float32 [n, d], rows of length 1, for distinct prompts in canonical order."""
     import torch
 
@@ -152,122 +175,3 @@ def _vectors(encoder: _Encoder, prompts: list[str], batch_size: int, progress: b
     return (vectors / lengths).astype(np.float32)
 
 
-def _find(encoder: str, pipe: Any, device: Any) -> _Encoder:
-    if not isinstance(encoder, str) or not encoder:
-        raise TypeError(f'embed_prompts: encoder must be "auto", "pipeline", a folder or a hub id, got {encoder!r}')
-    if encoder == "pipeline":
-        if pipe is None:
-            raise ValueError('embed_prompts: encoder="pipeline" needs the pipeline; pass pipe=')
-        return _from_pipeline(pipe)
-    if encoder == "auto":
-        from sage.emoji import text_encoder_path
-
-        return _load(SHIPPED, str(text_encoder_path()), True, SHIPPED_TOKENS, str(device))
-    folder = Path(encoder).expanduser()
-    if folder.is_dir():
-        return _load(encoder, str(folder.resolve()), True, MOST_TOKENS, str(device))
-    if encoder[0] in "./~" or "\\" in encoder or encoder.count("/") > 1:
-        raise FileNotFoundError(f"embed_prompts: encoder folder {encoder!r} does not exist")
-    return _load(encoder, encoder, False, MOST_TOKENS, str(device))
-
-
-@functools.lru_cache(maxsize=2)
-def _load(name: str, source: str, local: bool, most_tokens: int, device: str) -> _Encoder:
-    """A transformers or sentence-transformers model; kept, as every call of a pipeline may ask for it."""
-    import torch
-    from transformers import AutoModel, AutoTokenizer
-
-    kind = {"trust_remote_code": False, "local_files_only": local}
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **kind)
-        # Fresh weights of unused heads must not move the caller's random numbers.
-        with torch.random.fork_rng(devices=[]), _without_loading_bar():
-            model = AutoModel.from_pretrained(source, use_safetensors=True, **kind)
-    except (OSError, ValueError) as error:
-        raise RuntimeError(f"embed_prompts: cannot load encoder {name!r} (wanted a tokenizer and a model with safetensors "
-                           f"weights, in a folder or on the hub): {error}") from error
-    if model.config.is_encoder_decoder:
-        model = model.get_encoder()
-    if hasattr(model.config, "text_config"):
-        raise NotImplementedError(f"embed_prompts: encoder {name!r} is a {type(model).__name__}, which does not read "
-                                  "text alone; name a sentence encoder")
-    model = model.to(device, torch.float32).eval().requires_grad_(False)
-    pool = _first_token if _pools_first_token(name, source, local) else _masked_mean
-
-    def pooled(ids, mask):
-        return pool(model(input_ids=ids, attention_mask=mask).last_hidden_state, mask)
-
-    return _Encoder(name, tokenizer, _limit(model, most_tokens), device, pooled)
-
-
-@contextlib.contextmanager
-def _without_loading_bar() -> Iterator[None]:
-    """Weights of a small encoder load at once; a bar for it would only come between the caller's own lines."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
-
-
-def _from_pipeline(pipe: Any) -> _Encoder:
-    """The pooled text encoder of a pipeline: the CLIP with a projection, else CLIP, else the mean of BERT or T5."""
-    found = []
-    for suffix in ("_2", "", "_3"):
-        model, tokenizer = getattr(pipe, f"text_encoder{suffix}", None), getattr(pipe, f"tokenizer{suffix}", None)
-        kind = getattr(getattr(model, "config", None), "model_type", None)
-        if tokenizer is not None and (kind == "clip_text_model" or kind in MEAN_POOLED):
-            rank = 2 if kind in MEAN_POOLED else int(not hasattr(model, "text_projection"))
-            found.append((rank, f"text_encoder{suffix}", model, tokenizer))
-    if not found:
-        raise NotImplementedError(f"embed_prompts: {type(pipe).__name__} has no text encoder that pools (CLIP, "
-                                  f'{", ".join(MEAN_POOLED)}); use encoder="auto" or name a sentence encoder')
-    rank, place, model, tokenizer = min(found, key=lambda item: item[0])
-
-    def pooled(ids, mask):
-        if rank == 2:
-            return _masked_mean(model(input_ids=ids, attention_mask=mask).last_hidden_state, mask)
-        output = model(input_ids=ids)  # as diffusers calls CLIP: causal, so padding behind the end is not seen
-        return output.text_embeds if rank == 0 else output.pooler_output
-
-    device = getattr(pipe, "_execution_device", None) or model.device  # with offloading, not where the weights lie
-    return _Encoder(f"pipeline {place} ({type(model).__name__})", tokenizer, _limit(model, MOST_TOKENS), device, pooled)
-
-
-def _limit(model: Any, most_tokens: int) -> int:
-    """Tokens a model reads; the tokenizer's own limit may serve another purpose and is not asked."""
-    positions = getattr(model.config, "max_position_embeddings", None) or most_tokens
-    if "roberta" in model.config.model_type or model.config.model_type == "mpnet":
-        positions -= 2  # they count positions from the padding id on
-    return min(most_tokens, positions)
-
-
-def _pools_first_token(name: str, source: str, local: bool) -> bool:
-    """Whether a sentence-transformers model says that it pools its first token; any other way than mean is refused."""
-    from transformers.utils import cached_file
-
-    try:
-        path = cached_file(source, "1_Pooling/config.json", local_files_only=local)
-    except OSError:  # a plain transformers model
-        return False
-    config = json.loads(Path(path).read_text(encoding="utf-8"))
-    modes = {key.removeprefix("pooling_mode_").removesuffix("_token").removesuffix("_tokens")
-             for key, value in config.items() if key.startswith("pooling_mode_") and value is True}
-    modes |= {config["pooling_mode"]} if isinstance(config.get("pooling_mode"), str) else set()
-    if modes not in ({"mean"}, {"cls"}):
-        raise NotImplementedError(f"embed_prompts: encoder {name!r} pools by {sorted(modes)}; known: mean, cls")
-    return modes == {"cls"}
-
-
-def _masked_mean(hidden: Any, mask: Any) -> Any:
-    """[n, length, d], [n, length] → [n, d], summed in float32."""
-    weights = mask[..., None].float()
-    return (hidden.float() * weights).sum(1) / weights.sum(1).clamp(min=1)
-
-
-def _first_token(hidden: Any, mask: Any) -> Any:
-    return hidden[:, 0]

@@ -88,7 +88,7 @@ def parse_prompts(text: str, source: str, *, jsonl: bool) -> PromptSet:
         raise InputError(f"{source}: no prompts in it{skipped}; write one prompt per line.")
     if not jsonl:
         return PromptSet(source, tuple(line for _, line in filled), blank=blank)
-    rows = [_parse_row(line, f"{source}, line {number}") for number, line in filled]
+    rows = [parse_row(line, f"{source}, line {number}") for number, line in filled]
     return PromptSet(
         source,
         tuple(row["prompt"] for row in rows),
@@ -138,7 +138,7 @@ def _decode(data: bytes, source: str) -> str:
         ) from None
 
 
-def _parse_row(line: str, where: str) -> dict:
+def parse_row(line: str, where: str) -> dict:
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:

@@ -232,7 +232,7 @@ def test_hub_ids_are_told_from_folders(monkeypatch, tmp_path):
     def load(name, source, local, *args):
         raise LookupError(f"{source} {local}")
 
-    monkeypatch.setattr("sage.embed._load", load)
+    monkeypatch.setattr("sage.encoders._load", load)
     for name in ("all-MiniLM-L6-v2", "someone/encoder"):
         with pytest.raises(LookupError, match=f"{name} False"):
             embed_prompts(PROMPTS, name)
