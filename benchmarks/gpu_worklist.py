@@ -140,6 +140,11 @@ def bench_ops(run):
     return [run.benchmark("bench_ops.py", "ops", "--plot", plot, "--budget", 430, *["--resume"] * (not run.quick))]
 
 
+def bench_grouping(run):
+    options = ("--prompts", "sage/emoji/captions.txt", "--parts", "exact", "--sizes-exact", 1_000_000)
+    return [run.benchmark("bench_grouping.py", "grouping", *options)]
+
+
 def pipeline_step(name, model, size, about, compiled="blocks"):
     """bench_pipeline.py on one model at one size, with random weights."""
     options = ("--models", model, "--sizes", size, "--seconds", 360, "--compile", compiled)
@@ -169,6 +174,7 @@ STEPS = (
     pipeline_step("flux_1024", "flux", "1024", "Flux.1-dev, 1024 pixels"),
     pipeline_step("wan_33", "wan", "480p33", "Wan 1.3B, 33 frames of 480 lines"),
     pipeline_step("wan_81", "wan", "480p81", "Wan 1.3B, 81 frames of 480 lines"),
+    Step("grouping", 500, "bench_grouping.py: a million prompts, all pairs", bench_grouping, modules=("transformers", "diffusers"), result=True),
     Step("profile", 400, "ncu on a large and a small branch_step", profile, tool="ncu", report=True),
 )  # fmt: skip
 

@@ -12,7 +12,7 @@ import torch
 
 from sage.embed import Embeddings
 from sage.families import CONDITIONS, IMAGES_PER_PROMPT, INIT_IMAGES, INIT_VIDEOS, REFERENCES
-from sage.grouping import plan_prompts
+from sage.plans import plan_prompts
 from sage.plan import Node, SharingPlan
 
 
