@@ -105,7 +105,9 @@ class Schedule:
     Attributes:
         kept: how many stored samples the state keeps: the solver's m1, m2, ..., and r older ones for a step back.
         leaves_plan: the plan as given.
-        plan: the plan in denoiser calls.
+        boundaries: bool [S], whether a group may part after each call.
+        plan: the plan in denoiser calls; as it has become, where a probe parts groups early.
+        calls: a `Call` for each.
     """
 
     def __init__(
@@ -119,25 +121,30 @@ class Schedule:
         device: torch.device,
         back: int = 0,
     ):
-        boundaries = [stage == 0 for stage in table.stage[first:]]
-        self.leaves_plan, self.plan = plan, plan.resolve(len(table) - first, boundaries)
+        self.leaves_plan, self.boundaries = plan, [bool(stage == 0) for stage in table.stage[first:]]
         self.table, self.first, self.guidance, self.seeds, self.device = table, first, guidance, seeds, device
-        self.back, self.kept = back, table.history + back if table.history else 0
-        self.partitions = PlanRows(self.plan)
-        partings = _partings(plan, self.plan, boundaries)
-        stored = min(first - first_call(table), table.history)  # m1, m2, ... that a trunk brings, a row per node
-        ancestors = [np.arange(self.plan.rows[0])] * max(stored - 1, 0)
+        self.back, self.kept, self._branching = back, table.history + back if table.history else 0, branching
         self.calls: list[Call] = []
-        for s in range(self.plan.num_calls):
-            parent = _parent(self.plan, s)
+        self.follow(plan.resolve(len(table) - first, self.boundaries), 0)
+
+    def follow(self, plan: ResolvedPlan, begin: int) -> None:
+        """Make the calls from `begin` on by another plan, which is the one so far in the calls before."""
+        self.plan, self.partitions = plan, PlanRows(plan)
+        partings, first = _partings(self.leaves_plan, plan), self.first
+        stored = min(first - first_call(self.table), self.table.history)  # m1, m2, ... that a trunk brings, a row per node
+        ancestors = [np.arange(plan.rows[0])] * max(stored - 1, 0)
+        del self.calls[begin:]
+        for s in range(plan.num_calls):
+            parent = _parent(plan, s)
             # m1 has the rows that the state has now, m2 those of a call earlier: one more generation back.
             ancestors = [parent, *(index[parent] for index in ancestors)][: min(stored + s, self.kept)]
-            call = Call(self, s, parent, ancestors, kinds_of_rows(self.plan, s) if branching else np.zeros_like(parent))
-            for root, row in partings.get(s, ()):
-                rows = [row, *(int(index[row]) for index in ancestors)][: table.history]
-                call.partings.append(Parting(root, row, rows))
-            self.calls.append(call)
-            if back and self.plan.branches_after(s):  # a step back leaves all of the history with a row per node
+            if s >= begin:
+                kinds = kinds_of_rows(plan, s) if self._branching else np.zeros_like(parent)
+                self.calls.append(Call(self, s, parent, ancestors, kinds))
+                for root, row in partings.get(s, ()):
+                    rows = [row, *(int(index[row]) for index in ancestors)][: self.table.history]
+                    self.calls[s].partings.append(Parting(root, row, rows))
+            if self.back and plan.branches_after(s):  # a step back leaves all of the history with a row per node
                 ancestors = [np.arange(len(parent))] * len(ancestors)
 
 
@@ -176,11 +183,12 @@ def _parent(plan: ResolvedPlan, s: int) -> np.ndarray:
     return plan.labels(s) if s == plan.num_calls - 1 else plan.parent(s)
 
 
-def _partings(plan: SharingPlan, resolved: ResolvedPlan, boundaries: list[bool]) -> dict[int, list[tuple[int, int]]]:
+def _partings(plan: SharingPlan, resolved: ResolvedPlan) -> dict[int, list[tuple[int, int]]]:
     """Call → (root, output row of its first leaf) of every root that parts after it, having run as one row."""
-    numbers, partings = {root.members: number for number, root in enumerate(plan.roots)}, {}
-    for _, end, node in plan.intervals(resolved.num_calls, boundaries):
-        if node.members in numbers and len(node.members) > 1 and end < resolved.num_calls:
-            row = int(resolved.labels(end)[node.members[0]])
-            partings.setdefault(end - 1, []).append((numbers[node.members], row))
+    roots, partings = {root.members: number for number, root in enumerate(plan.roots)}, {}
+    for s in range(resolved.num_calls - 1):
+        if resolved.branches_after(s):
+            after, labels = set(resolved.members[s + 1]), resolved.labels(s + 1)
+            parted = [members for members in resolved.members[s] if members in roots and members not in after]
+            partings[s] = [(roots[members], int(labels[members[0]])) for members in parted]
     return partings

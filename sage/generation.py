@@ -17,12 +17,14 @@ from sage import native
 from sage.caches import cache_hooks
 from sage.embed import embed_prompts
 from sage.generation_checks import check_options, check_pipe_kwargs, check_seeds, is_text, texts_of_pictures
-from sage.grouping import plan_prompts
-from sage.packing import next_pack
+from sage.packing import packs
 from sage.plan import Leaf, SharingPlan
 from sage.plan_checks import fraction, integer, texts
-from sage.records import picture_records, summary
+from sage.plans import plan_prompts
+from sage.probe import Probe
+from sage.records import picture_records, probe_records, summary
 from sage.request import mismatch
+from sage.sampling_checks import check_probe
 from sage.scheduler import SageScheduler
 from sage.seeds import seeded
 from sage.sharing import check_grouping, disable, enable
@@ -46,7 +48,8 @@ class GenerationResult:
         stats: `nfe`, `nfe_independent`, `saving`, `guidance_copies`, `rows` (of the denoiser calls made, in order, over all packs;
             those made again by `branch_back` are among them), `boundaries` (per call, whether a group might part after it; None:
             after any), `packs`, `launches`, `max_rows` (at the end), `denoise_seconds`, `seconds`, `images_per_second`, `solver`,
-            `solver_path`, `encoder`, `engine` ("native" or "hook"), `engine_reason` (why not native).
+            `solver_path`, `encoder`, `engine` ("native" or "hook"), `engine_reason` (why not native), `probes` (None without a probe;
+            else a dict per probe made, pack after pack, see `sage.probe.Course.records`; its rows are among the others).
         trunks: with `keep_trunks`, index into `plan.roots` → the group's `sage.Trunk`, on the CPU; groups that shared nothing
             or never parted have none.
     """
@@ -80,6 +83,7 @@ def generate(
     trunk: Trunk | None = None,
     branch_noise: float = 0.0,
     branch_back: int = 0,
+    probe: Probe | None = None,
     progress: bool = True,
     on_images: Callable[[list[int], list, list[dict[str, Any]]], None] | None = None,
     **pipe_kwargs,
@@ -115,7 +119,9 @@ def generate(
         branch_noise: strength, in [0, 1], of the noise of their own that members get as their group parts, see `sage.enable`.
         branch_back: denoiser calls that members are taken back by as their group parts, to be noised and make them again on
             their own, see `sage.sample`; they are counted in the stats. Native loop only.
-        progress: show a progress bar over denoiser rows.
+        probe: at some calls every group that is to part later is compared with what it parts into, and parts at once where their
+            predictions are apart, see `sage.Probe`. The records and stats say what happened.
+        progress: show a progress bar over denoiser rows; without its end where a probe decides how many there are.
         on_images: called after each pack with (indices, images, records), indices in the order asked for.
         pipe_kwargs: anything else the pipeline's call takes; `prompt_2` and the like are one for all, or one per prompt.
 
@@ -143,6 +149,7 @@ def generate(
     if branch_back > 0 and (keep_trunks or branch_noise > 0):
         other = "keep_trunks" if keep_trunks else "branch_noise"
         raise ValueError(f"branch_back {branch_back} and {other} exclude each other, see sage.sample; use one without the other")
+    check_probe(probe, branch_noise, branch_back, keep_trunks or None)
     if trunk is not None and not isinstance(trunk, Trunk):
         raise TypeError(f"trunk must be a sage.Trunk, got {type(trunk).__name__}; sage.Trunk.load(path) reads one from a file")
     start = time.perf_counter()
@@ -172,21 +179,22 @@ def generate(
     records: list = [None] * len(plan.leaves)
     stats: list[dict] = []
     trunks: dict[int, Trunk] = {}
-    loop = _Loop(pipe, engine, call_kwargs, trunk, keep_trunks, branch_noise, branch_back)
-    open_roots, copies = list(range(len(plan.roots))), 1 if guidance_scale is not None and guidance_scale <= 1 else 2
-    with _borrowed(pipe, solver), _Progress(plan, branch_back, progress) as bar:
-        while open_roots:
-            most = len(plan.leaves) if max_rows is None else max(1, max_rows // copies)
-            roots = next_pack(plan, open_roots, most, pieces=not loop.whole)
-            chosen = set(roots)
-            open_roots = [root for root in open_roots if root not in chosen]
+    loop = _Loop(pipe, engine, call_kwargs, trunk, keep_trunks, branch_noise, branch_back, probe)
+    copies, num_calls = 1 if guidance_scale is not None and guidance_scale <= 1 else 2, num_inference_steps or 20
+    nodes = None if max_rows is None else max(1, max_rows // copies)
+    left = packs(plan, nodes, num_calls, pieces=not loop.whole)
+    with _borrowed(pipe, solver), _Progress(None if probe else plan, branch_back, progress) as bar:
+        while left:
+            roots = left.pop(0)
             part, indices = plan.subset(roots)
             part_texts = {name: [of_pictures[i] for i in indices] for name, of_pictures in picture_texts.items()}
             made, pack_stats, resolved, kept = loop(part, part_texts, max_rows, bar.on_call)
-            stats.append(pack_stats)
+            stats.append(pack_stats | {"probes": probe_records(pack_stats["probes"], indices)})
             trunks |= {sorted(roots)[root]: kept_trunk for root, kept_trunk in kept.items()}
-            copies = pack_stats["copies_per_launch"]
             max_rows = max_rows if loop.whole else pack_stats["max_rows"]
+            former, nodes = nodes, None if max_rows is None else max(1, max_rows // pack_stats["copies_per_launch"])
+            if nodes != former:  # other guidance copies than expected, or memory ran out
+                left = packs(plan, nodes, num_calls, roots=[root for pack in left for root in pack], pieces=not loop.whole)
             made_records = picture_records(plan, indices, similarities, picture_texts.get("negative_prompt"), resolved, trunk)
             for index, image, record in zip(indices, made, made_records):
                 images[index], records[index] = image, record
@@ -246,12 +254,20 @@ class _Loop:
     """
 
     def __init__(
-        self, pipe, engine: str, kwargs: dict, trunk: Trunk | None, keep_trunks: bool, branch_noise: float, branch_back: int
+        self,
+        pipe,
+        engine: str,
+        kwargs: dict,
+        trunk: Trunk | None,
+        keep_trunks: bool,
+        branch_noise: float,
+        branch_back: int,
+        probe: Probe | None,
     ):
         self.pipe, self.kwargs, self.whole = pipe, kwargs, bool(cache_hooks(pipe))
         self.engine, self.reason = "hook" if engine == "hook" else "native", ""
         self._trunk, self._keep_trunks = trunk, keep_trunks
-        self._branch_noise, self._branch_back = branch_noise, branch_back
+        self._branch_noise, self._branch_back, self._probe = branch_noise, branch_back, probe
         self._falls_back = engine == "auto" and trunk is None and not keep_trunks and branch_back == 0
 
     def __call__(self, plan: SharingPlan, texts: dict[str, list[str]], max_rows: int | None, on_call: Callable):
@@ -266,7 +282,7 @@ class _Loop:
         def keep(root: int, trunk: Trunk) -> None:
             kept[root] = replace(trunk.to("cpu"), record=trunk.record | {"pipeline": type(self.pipe).__name__})
 
-        options = dict(on_call=on_call, max_rows=max_rows, branch_noise=self._branch_noise)
+        options = dict(on_call=on_call, max_rows=max_rows, branch_noise=self._branch_noise, probe=self._probe)
         options |= dict(trunk=self._trunk, on_part=keep if self._keep_trunks else None, branch_back=self._branch_back)
         if self.engine == "native":
             others = {name: value for name, value in texts.items() if name != "negative_prompt"}
@@ -277,7 +293,8 @@ class _Loop:
                 if not self._falls_back:
                     raise
                 self.engine, self.reason = "hook", str(error)
-        with enable(self.pipe, plan, max_rows=None if self.whole else max_rows, branch_noise=self._branch_noise) as sharing:
+        shared = dict(max_rows=None if self.whole else max_rows, branch_noise=self._branch_noise, probe=self._probe)
+        with enable(self.pipe, plan, **shared) as sharing:
             sharing.on_call = on_call
             out = self.pipe(prompt=prompts, generator=_generators(plan), **texts, **self.kwargs)
         return out[0] if isinstance(out, tuple) else out[next(iter(out))], sharing.stats, sharing.resolved, kept
@@ -288,14 +305,15 @@ def _generators(plan: SharingPlan) -> list[torch.Generator]:
 
 
 class _Progress:
-    """A bar over denoiser rows: its length is known as soon as the first call knows the number of denoiser calls."""
+    """A bar over denoiser rows: its length is known as soon as the first call knows the number of denoiser calls, if the plan is kept
+    to; for None it has no end."""
 
-    def __init__(self, plan: SharingPlan, branch_back: int, enabled: bool):
+    def __init__(self, plan: SharingPlan | None, branch_back: int, enabled: bool):
         self.plan, self.branch_back = plan, branch_back
         self.bar = tqdm(unit="row", disable=not enabled, desc="denoising")
 
     def on_call(self, rows: int, num_calls: int) -> None:
-        if self.bar.total is None:
+        if self.bar.total is None and self.plan is not None:
             self.bar.total = self.plan.cost(num_calls, branch_back=self.branch_back).nfe
         self.bar.update(rows)
 

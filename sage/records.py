@@ -45,9 +45,22 @@ def picture_records(
     return records
 
 
+def probe_records(probes: list[dict] | None, indices) -> list[dict] | None:
+    """The probes of a pack (see `sage.probe.Course.records`) with its leaves called as in the whole plan.
+
+    Args:
+        indices: [B'] the pack's leaves in the plan.
+    """
+    if probes is None:
+        return None
+    groups = [[group | {"leaves": [int(indices[leaf]) for leaf in group["leaves"]]} for group in made["groups"]] for made in probes]
+    return [made | {"groups": renamed} for made, renamed in zip(probes, groups)]
+
+
 def summary(packs: list[dict], seconds: float, pictures: int, solver: str, encoder: str) -> dict[str, Any]:
     """See `GenerationResult.stats`."""
     nfe, independent = sum(p["nfe"] for p in packs), sum(p["nfe_independent"] for p in packs)
+    probes = None if packs[0]["probes"] is None else [made for p in packs for made in p["probes"]]
     calls = max(len(p["rows"]) for p in packs)
     return {
         "nfe": nfe,
@@ -58,6 +71,7 @@ def summary(packs: list[dict], seconds: float, pictures: int, solver: str, encod
         "boundaries": packs[0]["boundaries"],
         "packs": len(packs),
         "launches": sum(p["launches"] for p in packs),
+        "probes": probes,
         "max_rows": packs[-1]["max_rows"],
         "denoise_seconds": sum(p["denoise_seconds"] for p in packs),
         "seconds": seconds,

@@ -1,11 +1,14 @@
 """A sharing plan in denoiser calls: what schedulers, hooks and loops see."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 
-from sage.plan_checks import integer
+from sage.plan_checks import integer, short
+
+Nodes = tuple[tuple[tuple[int, ...], int], ...]  # (members, representative) of each
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,49 @@ class ResolvedPlan:
                 made += [len(self.parted(call))] * min(branch_back, call + 1)
         return made
 
+    def children(self, call: int, node: int) -> Nodes:
+        """The nodes that a node of a call parts into at the first later call where its leaves are in several; () if they never are."""
+        if not 0 <= integer(node, "ResolvedPlan: node") < len(self.members[self._call(call)]):
+            raise ValueError(f"ResolvedPlan: node must be in [0, {self.rows[call]}), the rows of call {call}, got {node}")
+        leaves = list(self.members[call][node])
+        for later in range(call + 1, self.num_calls):
+            if self.members[later] is self.members[later - 1]:
+                continue
+            rows = np.unique(self.labels(later)[leaves])
+            if len(rows) > 1:
+                return tuple((self.members[later][row], self.node_representatives[later][row]) for row in rows)
+        return ()
+
+    def parted_before(self, call: int, nodes: Sequence[int]) -> "ResolvedPlan":
+        """The plan in which some nodes of a call part before it, into their `children`, instead of later.
+
+        All calls before it, the other nodes, and where the children themselves part, stay as they are.
+
+        Args:
+            call: in [0, S).
+            nodes: rows of that call.
+
+        Raises:
+            ValueError: `call` or one of `nodes` is out of range, or one of them never parts.
+        """
+        parted: dict[tuple[int, ...], Nodes] = {}
+        for node in nodes:
+            children = self.children(call, node)
+            parted[self.members[call][node]] = children
+            if not children:
+                raise ValueError(
+                    f"ResolvedPlan.parted_before: nodes must part later, but leaves {short(self.members[call][node])} of call {call} "
+                    "stay together to the last; name only nodes that have children"
+                )
+        members, chosen = list(self.members), list(self.node_representatives)
+        known: dict[int, tuple] = {}  # id of a partition → what becomes of it: calls that have one object in common still do
+        for later in range(call, self.num_calls):
+            before = self.members[later]
+            if id(before) not in known:
+                known[id(before)] = _replaced(before, self.node_representatives[later], parted)
+            members[later], chosen[later] = known[id(before)]
+        return ResolvedPlan(self.num_leaves, self.num_calls, tuple(members), tuple(chosen))
+
     def branches_after(self, call: int) -> bool:
         """Whether rows multiply between this call and the next."""
         call = self._call(call)
@@ -110,3 +156,13 @@ class ResolvedPlan:
         if not 0 <= integer(call, "ResolvedPlan: call") < self.num_calls:
             raise ValueError(f"ResolvedPlan: call must be in [0, {self.num_calls}), got {call}")
         return int(call)
+
+
+def _replaced(members: tuple, representatives: tuple, parted: Mapping[tuple[int, ...], Nodes]) -> tuple[tuple, tuple]:
+    """A partition (its nodes' members, their representatives) with some nodes replaced by others; the same objects if it has none."""
+    if not any(node in parted for node in members):
+        return members, representatives
+    nodes: list = []
+    for node, representative in zip(members, representatives):
+        nodes += parted.get(node, [(node, representative)])
+    return tuple(zip(*sorted(nodes)))

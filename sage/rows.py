@@ -38,7 +38,7 @@ class Rows:
         self.labels = torch.from_numpy(labels)  # [B] node of each leaf
         self.representatives = torch.from_numpy(np.array(representatives, dtype=np.int64))  # [R]
         self.representative_of = self.representatives[self.labels]  # [B]
-        self._leaves = np.concatenate([np.asarray(leaves) for leaves in members])  # [B] leaves, node after node
+        self._leaves = np.concatenate([np.asarray(leaves) for leaves in members])  # [B] leaves, node after node; more if nodes overlap
         self._bounds = np.cumsum([0, *map(len, members)])  # [R + 1] where each node's leaves begin
         self._indices: dict[tuple[str, int, torch.device], torch.Tensor] = {}
         self._segments: dict[tuple[int, torch.device], tuple[torch.Tensor, torch.Tensor]] = {}
@@ -86,7 +86,7 @@ class Rows:
         """`indptr` and `members` of `sage_kernels.group_mean`, once per guidance copy."""
         if (copies, device) not in self._segments:
             leaves = [self._leaves + c * self.num_leaves for c in range(copies)]
-            bounds = [self._bounds[1:] + c * self.num_leaves for c in range(copies)]
+            bounds = [self._bounds[1:] + c * len(self._leaves) for c in range(copies)]
             segments = np.concatenate([[0], *bounds]), np.concatenate(leaves)
             self._segments[copies, device] = tuple(torch.from_numpy(s.astype(np.int32)).to(device) for s in segments)
         return self._segments[copies, device]

@@ -6,7 +6,7 @@ import contextlib
 import inspect
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from sage.caches import Caches
 from sage.denoiser import Arguments, Interception, Launcher, Reducer, current, denoisers_of, is_static
 from sage.families import ADAPTERS, DENOISERS, UNSHARED
 from sage.plan import SharingPlan
+from sage.probe import Course, Probe, Probed
 from sage.rows import PlanRows, Rows, map_outputs
 from sage.scheduler import diffusers_class, sage_class
 from sage.solvers import NotInTable, table_for
@@ -40,13 +41,22 @@ class Run:
         max_rows: the most rows (guidance copies counted) of one denoiser call; halved when memory runs out.
         eta: strength of the noise that members get as they part.
         generators: what the pipeline's call was given, for that noise.
+        probe: parts groups early; None: as the plan says.
 
     Attributes:
         branch_noise: None without such noise, and before the first denoiser call.
     """
 
     def __init__(
-        self, plan: SharingPlan, pipe, max_rows: int | None, rules: dict[str, str], on_call=None, eta: float = 0.0, generators=None
+        self,
+        plan: SharingPlan,
+        pipe,
+        max_rows: int | None,
+        rules: dict[str, str],
+        on_call=None,
+        eta: float = 0.0,
+        generators=None,
+        probe: Probe | None = None,
     ):
         self.plan, self.pipe, self.on_call = plan, pipe, on_call
         self.code = inspect.unwrap(type(pipe).__call__).__code__  # of the pipeline's own call
@@ -55,6 +65,7 @@ class Run:
         self.trajectory, self.boundaries = None, None
         self._rules, self._reduce = rules, Reducer(rules)
         self._partitions: PlanRows | None = None
+        self._probe, self._course, self._probed = probe, None, None  # the last: the rows of the call under way, if it is probed
         self._first_step: FirstStep | None = None
         self._denoisers: dict[int, str] = {}  # id of the module → its name
         self._entered: list[tuple[str, int]] = []  # (denoiser, guidance copies) since the last step
@@ -135,6 +146,8 @@ class Run:
             if self._eta > 0:
                 self._check_branch_noise(begin)
                 self.branch_noise = BranchNoise(self.resolved, self._eta, self._generators)
+            if self._probe is not None:
+                self._course = Course(self._probe, self.resolved, self.boundaries)
             first = self._partitions.at(0)
             self._first_step = None if first.trivial else FirstStep(first, self._rules)
         return self._partitions.at(self.call)
@@ -176,11 +189,11 @@ class Run:
 
     def advance(self, trajectory) -> None:
         """`scheduler.step` has completed a call."""
-        rows, entered = self.rows().num_nodes, self._entered
+        rows, entered = (self._probed or self.rows()).num_nodes, self._entered
         if self._first_step is not None and self.resolved.branches_after(self.call):
             self._first_step = None
         self._counted.append((rows, sum(copies for name, copies in entered if name not in ADAPTERS)))
-        self._entered = []
+        self._entered, self._probed = [], None
         if self.on_call is not None:
             self.on_call(rows, self.resolved.num_calls)
         self.call, self.trajectory, self._ended = self.call + 1, trajectory, time.perf_counter()
@@ -208,6 +221,10 @@ class Run:
         self._copies_per_launch = max(self._copies_per_launch, copies)
         if len(self._entered) > _MOST_ENTRIES:
             raise RuntimeError(_NO_STEP.format(pipe=type(self.pipe).__name__, scheduler=type(self.pipe.scheduler).__name__))
+        if self._course is not None and self._course.calls:
+            self._check_probe(name, interception.module)
+            self._probed = self._course.at(self.call)
+            rows = self._probed or rows
         given = arguments.given
         if not rows.trivial:
             if self._first_step is not None:
@@ -217,7 +234,36 @@ class Run:
         output = self._launch(interception, arguments, given, rows.num_nodes, copies, isinstance(latents, list))
         if rows.trivial:
             return output
+        if self._probed is not None:
+            self._decide(name, self._probed, output, latents, copies)
         return map_outputs([output], lambda parts: self._expand(name, parts[0], rows, copies), isinstance(latents, list))
+
+    def _check_probe(self, name: str, module: torch.nn.Module) -> None:
+        """Refuse loops in which one denoiser call does not tell what a row predicts.
+
+        Raises:
+            ValueError: a cache, or a second call of a denoiser in one step; at the latest in the first step, which is never probed.
+        """
+        pipe = type(self.pipe).__name__
+        if self._caches.hold(module):
+            raise ValueError(
+                f"probe needs a denoiser without a cache, got {name} of {pipe} with one: what it skips is decided by what it remembers, "
+                "and members have nothing to remember; disable the cache (disable_cache), or call without probe"
+            )
+        if self._entered[:-1]:
+            calls = " and ".join(entered for entered, _ in self._entered)
+            raise ValueError(
+                f"probe needs a loop with one denoiser call per step, guidance copies in one batch, got {calls} in one step of {pipe}: the "
+                'first would be made before it is known which groups part; call without probe, or try sage.generate with engine="native"'
+            )
+
+    def _decide(self, name: str, probed: Probed, output: Any, latents: Any, copies: int) -> None:
+        """Compare the rows of a probed call; from here on, this call's step included, what parts has rows of its own."""
+        prediction = _prediction(output, latents)
+        if len(prediction) != copies * probed.num_nodes:
+            raise ValueError(f"{name} returned {tuple(prediction.shape)} for {copies * probed.num_nodes} rows, which cannot be compared")
+        if self._course.decide(self.call, probed, prediction, copies):
+            self._partitions, self._first_step = PlanRows(self._course.plan), None
 
     def _launch(self, interception: Interception, arguments: Arguments, given: dict, num_nodes: int, copies: int, row_lists: bool):
         """Run k·R rows through the denoiser, in pieces that fit."""
@@ -263,9 +309,20 @@ class Run:
             "max_rows": self._launcher.max_rows,
             "boundaries": self.boundaries,
             "cache": self._caches.stats(),
+            "probes": None if self._probe is None else self._course.records if self._course is not None else [],
             "denoise_seconds": self._ended - self._began,
             "solver_path": "table" if in_table else f"own step: {getattr(self.trajectory, 'reason', 'no step was taken')}",
         }
+
+
+def _prediction(output: Any, latents: Any) -> torch.Tensor:
+    """What a denoiser predicts, [rows, ...]: its first output, without the variance that some give in as many channels more."""
+    while not torch.is_tensor(output):
+        first = next(iter(output.values())) if isinstance(output, Mapping) else output[0]
+        output = torch.stack(output) if isinstance(output, list) and torch.is_tensor(first) and isinstance(latents, list) else first
+    channels = output.shape[1] // 2 if output.ndim > 1 else 0
+    learned = torch.is_tensor(latents) and output.ndim == latents.ndim and channels == latents.shape[1]
+    return output[:, :channels] if learned else output
 
 
 def _first_row(scheduler, timestep: Any) -> int:

@@ -19,6 +19,7 @@ from sage.calls import Call, Guidance, Schedule, State, coefficient_rows, first_
 from sage.families import RULES
 from sage.graphs import CapturedDenoiser
 from sage.plan import SharingPlan
+from sage.probe import Course, Probe, Probed, copied
 from sage.rows import Rows, map_rows
 from sage.sampling_checks import (
     check_alike,
@@ -26,6 +27,7 @@ from sage.sampling_checks import (
     check_branch_noise,
     check_conditions,
     check_noise,
+    check_probe,
     check_start,
     check_trunk_guidance,
     guidance_scales,
@@ -49,8 +51,10 @@ def sample(
     noise: Callable[[int], torch.Tensor] | None = None,
     branch_noise: float = 0.0,
     branch_back: int = 0,
+    probe: Probe | None = None,
     on_call: Callable[[int], None] | None = None,
     on_part: Callable[[int, Trunk], None] | None = None,
+    on_probe: Callable[[Course], None] | None = None,
     graphs: bool = False,
 ) -> torch.Tensor:
     """Sample every leaf of a plan.
@@ -84,9 +88,13 @@ def sample(
             own conditions (see `sage.step_back`). More diverse members, for r calls each at every parting;
             `SharingPlan.cost(..., branch_back=r)` counts them. `noise` is asked for these draws too, with numbers from
             `len(table)` on (`sage.step_back.draw_number`), and the state keeps r older stored samples.
-        on_call: called with the rows after each denoiser call: R_s, or those made again; for progress bars.
+        probe: at some calls the denoiser is also given what every node is to part into, and a node whose members predict otherwise
+            than it does parts at once, see `sage.Probe`. The rows of children follow those of the R_s nodes. Costs a row per child
+            and one wait for the device per probed call. Its calls, as the plan's, are fractions of those that run.
+        on_call: called with the rows after each denoiser call: R_s, those made again, or with those of a probe; for progress bars.
         on_part: called with (index into `plan.roots`, `sage.Trunk`) when a group that began as one row has come to where it
             parts: what later leaves can join.
+        on_probe: called after each probe with its `sage.probe.Course`: `plan`, the `ResolvedPlan` as it then is, and `records`.
         graphs: capture the denoiser calls of this run as CUDA graphs, one per row count, and replay them: for a denoiser that
             the host cannot feed fast enough. Opt-in, because a replay repeats what the GPU did at the capture: `denoise` must
             be a function of its inputs alone (no counter, no branch on a timestep's value), see `sage.CapturedDenoiser`. One
@@ -98,8 +106,9 @@ def sample(
     Raises:
         ValueError: rows that do not match the plan, a stochastic table, branch noise or a step back without `seeds` or `noise`,
             branch noise or a step back and `on_part` (a parted member's state is its own), a step back and branch noise or
-            graphs, guidance without `negative_conditions`, a trunk made with another table, graphs on a device other than CUDA.
-            Raised before the first denoiser call.
+            graphs, a probe and any of these four (they must know beforehand when a group parts), guidance without
+            `negative_conditions`, a trunk made with another table, graphs on a device other than CUDA. Raised before the first
+            denoiser call.
         NotImplementedError: graphs where gradients are enabled; branch noise or a step back with a solver that has no such form.
     """
     leaves, trunk = len(plan.leaves), x_init if isinstance(x_init, Trunk) else None
@@ -111,15 +120,16 @@ def sample(
     check_conditions(conditions, negative_conditions, guidance_scale, guided, leaves)
     check_noise(table, seeds, noise, leaves)
     check_branch_noise(branch_noise, seeds, noise, on_part)
-    check_branch_back(
-        branch_back, table, branch_noise, seeds, noise, on_part, captured=graphs or isinstance(denoise, CapturedDenoiser)
-    )
+    graphed = graphs or isinstance(denoise, CapturedDenoiser)
+    check_branch_back(branch_back, table, branch_noise, seeds, noise, on_part, graphed)
+    check_probe(probe, branch_noise, branch_back, on_part, graphed)
     captured = denoise if isinstance(denoise, CapturedDenoiser) else CapturedDenoiser(denoise) if graphs else None
     device = x_init.device if trunk is None else trunk.sample.device
     if captured is not None:
         captured.check(device)
     guidance = Guidance(scales, trunk_guidance) if guided else None
     schedule = Schedule(plan, table, first, guidance, seeds, branch_noise > 0, device, branch_back)
+    course = None if probe is None else Course(probe, schedule.plan, schedule.boundaries)
     calls, rows = schedule.calls, schedule.calls[0].rows
     check_alike(rows, conditions)
     coefficients = coefficient_rows(table, branch_noise, device)
@@ -127,15 +137,20 @@ def sample(
     state = _begun(x_init, rows, table, guided) if trunk is None else _joined(trunk, rows, guided)
     negatives = negative_conditions if guided else None
     conditions_of = functools.partial(_condition_rows, conditions, negatives, trunk_guidance)
-    run = _Eager(denoise if captured is None else captured.denoise, timesteps, [call.rows for call in calls], conditions_of)
+    run = _Eager(denoise if captured is None else captured.denoise, timesteps, schedule, conditions_of)
     draw = None if noise is None else functools.partial(_drawn, noise, leaves=leaves)
     step_back = StepBack(schedule, run.denoise, run.condition_rows, draw, on_call) if branch_back > 0 else None
     replays = contextlib.nullcontext(run)
     if captured is not None:
         replays = captured.run(run, state.sample, state.model_input, [len(call.parent) for call in calls], table)
     with replays as run:
-        for s, call in enumerate(calls):
-            output = run(s, state.model_input)
+        for s in range(len(calls)):
+            probed = None if course is None else course.at(s)
+            if probed is None:
+                output = run(s, state.model_input)
+            else:
+                output, state = _probe(s, state, probed, course, schedule, run)
+            call = calls[s]
             uncond, cond = output.chunk(2) if guided else (None, output)
             out = branch_step(
                 state.sample,
@@ -161,7 +176,9 @@ def sample(
             if on_part is not None:
                 _keep(state, call, schedule, on_part)
             if on_call is not None:
-                on_call(call.rows.num_nodes)
+                on_call(call.rows.num_nodes if probed is None else probed.num_nodes)
+            if probed is not None and on_probe is not None:
+                on_probe(course)
             if step_back is not None:
                 state = step_back(s, state)
     return state.sample
@@ -183,6 +200,23 @@ def _joined(trunk: Trunk, rows: Rows, guided: bool) -> State:
     last_sample = None if trunk.last_sample is None else spread(trunk.last_sample)
     model_input = spread(trunk.model_input, 2 if guided else 1)
     return State(spread(trunk.sample), model_input, tuple(map(spread, trunk.history)), last_sample)
+
+
+def _probe(s: int, state: State, probed: Probed, course: Course, schedule: Schedule, run: _Eager) -> tuple[torch.Tensor, State]:
+    """The model output of a probed call and the state before it, a row per node that goes on; `schedule` then has the calls of these."""
+    nodes, device = len(state.sample), state.sample.device
+    copies = len(state.model_input) // nodes
+    model_input = state.model_input.index_select(0, copied(probed.node, copies, nodes, device))
+    output = run.denoise(s, model_input, run.conditions_of(probed))
+    parted = course.decide(s, probed, output, copies)
+    output = output.index_select(0, copied(probed.going_on, copies, probed.num_nodes, device))
+    if not parted:
+        return output, state
+    schedule.follow(course.plan, s)
+    row = copied(probed.node[probed.going_on], 1, 0, device)  # of the state; m2, m3, ... have the rows of earlier calls
+    newest = tuple(stored.index_select(0, row) for stored in state.history[:1])
+    last_sample = None if state.last_sample is None else state.last_sample.index_select(0, row)
+    return output, State(state.sample.index_select(0, row), None, (*newest, *state.history[1:]), last_sample)
 
 
 def _keep(state: State, call: Call, schedule: Schedule, on_part: Callable[[int, Trunk], None]) -> None:
@@ -208,16 +242,17 @@ def _drawn(noise: Callable[[int], torch.Tensor], number: int, sample: torch.Tens
 class _Eager:
     """The denoiser calls of a run, one after the other; every result is new memory."""
 
-    def __init__(self, denoise, timesteps: torch.Tensor, rows: list[Rows], conditions_of: Callable[[Rows], Any]):
+    def __init__(self, denoise, timesteps: torch.Tensor, schedule: Schedule, conditions_of: Callable[[Rows], Any]):
         self.timesteps = timesteps  # [S]
-        self._denoise, self._rows, self._conditions_of = denoise, rows, conditions_of
+        self.conditions_of = conditions_of  # rows → their conditions
+        self._denoise, self._schedule = denoise, schedule
         self._partition = self._condition_rows = None
 
     def condition_rows(self, s: int) -> Any:
         """The conditions of call s, made anew only where the partition changes."""
-        if self._rows[s] is not self._partition:
-            self._partition = self._rows[s]
-            self._condition_rows = self._conditions_of(self._partition)
+        rows = self._schedule.partitions.at(s)
+        if rows is not self._partition:
+            self._partition, self._condition_rows = rows, self.conditions_of(rows)
         return self._condition_rows
 
     def __call__(self, s: int, model_input: torch.Tensor) -> torch.Tensor:

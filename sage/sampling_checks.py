@@ -11,6 +11,7 @@ import torch
 from sage.calls import HOW
 from sage.families import RULES
 from sage.plan_checks import fraction, integer
+from sage.probe import Probe
 from sage.rows import Rows
 from sage.trunk import Trunk
 from sage_kernels import CoefficientTable
@@ -124,6 +125,23 @@ def check_branch_back(
             f"branch_back {branch_back} has no form for {table.solver}: {reason}; take ddim, ddpm, euler, euler-a, dpm++2m, dpm++3m, "
             "dpm++2m-sde, unipc or flow-euler, for example"
         )
+
+
+def check_probe(probe: Any, branch_noise: float, branch_back: int = 0, on_part: Any = None, captured: bool = False) -> None:
+    """Refuse what is no probe, and what must know where a group parts before the call in which a probe finds out."""
+    if probe is None:
+        return
+    if not isinstance(probe, Probe):
+        raise TypeError(f"probe must be a sage.Probe or None, got {type(probe).__name__}")
+    excluded = {
+        "branch_noise": (branch_noise > 0, "its noise belongs to the step before the call in which a probe parts a group"),
+        "branch_back": (branch_back > 0, "a step back begins after a call, and a probe parts a group in the midst of one"),
+        "on_part (keep_trunks)": (on_part is not None, "a trunk is kept before the call in which a probe parts its group"),
+        "graphs": (captured, "how many rows a call has is known only as it is made; pass graphs=False, and no sage.CapturedDenoiser"),
+    }
+    for name, (given, reason) in excluded.items():
+        if given:
+            raise ValueError(f"probe and {name} exclude each other: {reason}; use one without the other")
 
 
 def _names(what: str, given: Any, leaves: int) -> list[str]:

@@ -25,8 +25,10 @@ from sage.embed import embed_prompts
 from sage.families import DENOISERS, check_rules
 from sage.plan import SharingPlan
 from sage.plan_checks import fraction, integer, threshold
+from sage.probe import Probe
 from sage.request import Request
 from sage.run import Run
+from sage.sampling_checks import check_probe
 
 
 def enable(
@@ -39,6 +41,7 @@ def enable(
     encoder: str = "auto",
     max_rows: int | None = None,
     branch_noise: float = 0.0,
+    probe: Probe | None = None,
     rules: Mapping[str, str] | None = None,
 ) -> Sharing:
     """Let the early denoising steps of similar prompts run once, in every later call of `pipe`.
@@ -56,14 +59,19 @@ def enable(
         branch_noise: η in [0, 1]: where a group parts, its members take the stochastic form of that step, of this strength and
             each with noise of its own, for more diverse pictures at the same cost; see `sage.sample`. It is drawn from a clone
             of each picture's generator, which itself ends where it would without.
+        probe: at some calls the denoiser is also given what every group is to part into, and a group whose members predict otherwise
+            than it does parts at once, see `sage.Probe`. Its rows are counted in the stats, under `probes` too. For pipelines whose
+            step calls one denoiser once, with guidance in one batch, and no cache: for others a later call raises ValueError, in its
+            first step if that is like the rest. Where a loop gives members latents of their own (inpainting, outside the mask) a
+            child is given its own.
         rules: additions to `sage.families.RULES`, for denoisers with arguments of their own.
 
     Returns:
         The `Sharing` handle: a context manager, with `.stats`, `.plan` and `.disable()`.
 
     Raises:
-        TypeError: `pipe` is no diffusers pipeline. ValueError: an argument out of range. A later call raises NotImplementedError
-            where its scheduler has no form for `branch_noise`.
+        TypeError: `pipe` is no diffusers pipeline, or `probe` no `sage.Probe`. ValueError: an argument out of range, or `probe` beside
+            `branch_noise`. A later call raises NotImplementedError where its scheduler has no form for `branch_noise`.
     """
     if not isinstance(pipe, DiffusionPipeline):
         raise TypeError(f"pipe must be a diffusers pipeline, got {type(pipe).__name__}; for a loop of your own use sage.sample")
@@ -73,10 +81,11 @@ def enable(
         raise TypeError(f"plan must be a sage.SharingPlan or None, got {type(plan).__name__}")
     check_grouping(share, similarity, max_group_size, max_rows)
     branch_noise = fraction(branch_noise, "branch_noise")
+    check_probe(probe, branch_noise)
     rules = check_rules(rules)
     disable(pipe)
     options = dict(share=share, similarity=similarity, max_group_size=max_group_size)
-    return Sharing(pipe, plan, options, encoder, max_rows, rules, branch_noise)
+    return Sharing(pipe, plan, options, encoder, max_rows, rules, branch_noise, probe)
 
 
 def disable(pipe: DiffusionPipeline) -> None:
@@ -97,18 +106,27 @@ class Sharing:
             call), `num_calls`, `launches` (denoiser calls really made, ControlNets included), `copies_per_launch`
             (guidance copies in one call), `max_rows` (halved if memory ran out), `boundaries` (per call, whether a group might
             part after it; None: after any), `cache` (None, or the `name` of what skips blocks and the fraction `computed`: those
-            blocks cost (1 − saving) · computed), `denoise_seconds`, `seconds`, `solver_path`.
+            blocks cost (1 − saving) · computed), `probes` (None without a probe; else a dict per probe made, see
+            `sage.probe.Course.records`: their rows are in `nfe`, `rows` and `saving`), `denoise_seconds`, `seconds`, `solver_path`.
         on_call: called after each denoiser call with (rows evaluated, number of calls); for progress bars.
     """
 
     def __init__(
-        self, pipe, plan, options: dict, encoder: str, max_rows: int | None, rules: dict[str, str], branch_noise: float
+        self,
+        pipe,
+        plan,
+        options: dict,
+        encoder: str,
+        max_rows: int | None,
+        rules: dict[str, str],
+        branch_noise: float,
+        probe: Probe | None,
     ):
         self.pipe, self.plan, self.resolved, self.stats = pipe, plan, None, {}
         self.on_call: Callable[[int, int], None] | None = None
         self._fixed_plan, self._options, self._encoder = plan, options, encoder
         self._last: tuple | None = None  # (what the last call asked for, the plan made for it)
-        self._max_rows, self._rules, self._branch_noise = max_rows, rules, branch_noise
+        self._max_rows, self._rules, self._branch_noise, self._probe = max_rows, rules, branch_noise, probe
         self.attach()
 
     def attach(self) -> None:
@@ -138,7 +156,8 @@ class Sharing:
         self.stats, self.resolved = {}, None
         self.plan = self._plan_call(given.arguments)
         generators = given.arguments.get("generator")
-        run = Run(self.plan, self.pipe, self._max_rows, self._rules, self.on_call, self._branch_noise, generators)
+        options = self.on_call, self._branch_noise, generators, self._probe
+        run = Run(self.plan, self.pipe, self._max_rows, self._rules, *options)
         start = time.perf_counter()
         with run.installed():
             result = base_call(self.pipe, *args, **kwargs)

@@ -92,7 +92,7 @@ def check_entry(entry: dict, copies: int) -> None:
 @pytest.mark.deep
 def test_all_models_and_methods(tmp_path):
     out = tmp_path / "x.json"
-    run = run_quick("bench_pipeline.py", "--models", "sd15", "sdxl", "sd3", "flux", "wan", "--out", str(out))
+    run = run_quick("bench_pipeline.py", "--models", "sd15", "sdxl", "sd3", "flux", "wan", "--seconds", "1e4", "--out", str(out))
     assert run.returncode == 0, run.stdout + run.stderr
     entries = read(out)["entries"]
     assert list(entries) == ["sd15 64", "sdxl 64", "sd3 64", "flux 64", "wan 64f5"]
@@ -128,6 +128,20 @@ def test_overhead_in_miniature(tmp_path):
     shared = {line["method"]: line["row_ratio"] for line in result["clock"]}
     assert shared["groups of 4, share 0.4"] == pytest.approx(0.7) and shared["groups of 8, share 0.6"] == pytest.approx(0.475)
     assert len(result["clock"]) == 2 * 7
+
+
+@pytest.mark.deep
+def test_probe_in_miniature(tmp_path):
+    out = tmp_path / "x.json"
+    for part in ("deviation", "quality"):
+        run = run_quick("bench_probe.py", "--threads", "1", "--only", part, "--out", str(out))
+        assert run.returncode == 0, run.stdout + run.stderr
+    new, committed = read(out), read(ROOT / "benchmarks" / "results" / "probe.json")
+    assert set(new) == set(committed) and set(new["tables"]) == set(committed["tables"]) == {"deviation", "quality"}
+    pairs, calls = len(new["deviation"]["pairs"]), len(new["deviation"]["calls"])
+    assert pairs == 4 and [len(row) for row in new["deviation"]["deviations"]] == [calls] * pairs
+    probed = [line for line in new["quality"]["methods"] if "tolerance" in line["method"]]
+    assert probed and all(line["probe_rows"] > 0 and 0 <= line["identification"] <= 1 for line in probed)
 
 
 def test_help_says_what_is_measured(capsys):

@@ -9,7 +9,6 @@ import sage
 from sage import Leaf, Node, SharingPlan
 from sage.embed import Embeddings
 from sage.native import NotNative
-from sage.packing import next_pack
 from sage.seeds import leaf_seed
 
 STEPS = 4
@@ -133,18 +132,6 @@ def test_memory_that_runs_out_is_remembered(pipe, monkeypatch, caplog):
     assert all(close(a, b) for a, b in zip(result.images, expected.images))
     assert caplog.text.count("out of memory with 8 rows at once: going on with max_rows=4") == 1
     assert result.stats["max_rows"] == 4 and rows == [4, 4] * STEPS + [2] * STEPS
-
-
-def test_packs_hold_whole_groups_and_are_filled():
-    leaves = [Leaf(str(i)) for i in range(60)]
-    plan = SharingPlan.flat(leaves, [range(0, 30), range(30, 50), range(50, 54)], [0.5, 0.5, 0.0])
-    open_roots, packs = list(range(len(plan.roots))), []
-    while open_roots:
-        packs.append(next_pack(plan, open_roots, 4))
-        open_roots = [root for root in open_roots if root not in packs[-1]]
-    sizes = [[len(plan.roots[root].members) for root in roots] for roots in packs]
-    # The large group and its like do not fit a call of at most 32 pictures together; the one that shares nothing is 4 rows.
-    assert sizes == [[30, 1, 1], [20, 1, 1, 1], [4], [1]]
 
 
 def test_repeated_prompts_and_images_per_prompt_get_pictures_of_their_own(pipe):

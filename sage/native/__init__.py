@@ -21,6 +21,7 @@ from sage.native.sd3 import StableDiffusion3
 from sage.native.wan import Wan
 from sage.plan import ResolvedPlan, SharingPlan
 from sage.plan_checks import integer
+from sage.probe import Probe
 from sage.trunk import Trunk
 
 __all__ = ["ADAPTERS", "NotNative", "adapter_for", "draw"]
@@ -61,6 +62,7 @@ def draw(
     on_part: Callable[[int, Trunk], None] | None = None,
     branch_noise: float = 0.0,
     branch_back: int = 0,
+    probe: Probe | None = None,
     **call_kwargs,
 ) -> tuple[Any, dict[str, Any], ResolvedPlan]:
     """Draw one picture per leaf of a plan, as the pipeline's own call inside `sage.enable(pipe, plan)` would.
@@ -79,6 +81,8 @@ def draw(
         branch_noise: strength of the noise that members get as they part, drawn as in `sage.enable`.
         branch_back: calls that members are taken back by as they part, see `sage.sample`; their noise is of generators that are
             seeded from clones of theirs. In the statistics `rows` has an entry per denoiser call made, in order.
+        probe: parts groups early where their members' predictions are apart, see `sage.Probe`; the plan that is returned is the one
+            that was followed.
         call_kwargs: arguments of the pipeline's call.
 
     Returns:
@@ -88,8 +92,8 @@ def draw(
     Raises:
         NotNative: the pipeline, an argument, its scheduler or a feature that is on is not covered. Raised before anything was
             drawn from the generators.
-        ValueError: the trunk was made with another scheduler set-up, or is of other latents than the pipeline's. Raised before
-            the first denoiser call.
+        ValueError: the trunk was made with another scheduler set-up, or is of other latents than the pipeline's; a probe beside
+            what excludes it (see `sage.sample`). Raised before the first denoiser call.
     """
     adapter = adapter_for(pipe)
     if adapter is None:
@@ -113,4 +117,5 @@ def draw(
         on_part=on_part,
         branch_noise=branch_noise,
         branch_back=integer(branch_back, "branch_back", 0),
+        probe=probe,
     )

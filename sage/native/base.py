@@ -54,6 +54,13 @@ class Adapter:
         """The pipeline's own check of its arguments."""
         raise NotImplementedError
 
+    def check_probe(self) -> None:
+        """Refuse a `sage.Probe` where `denoise` gives something else than the denoiser's raw output, which is what it compares.
+
+        Raises:
+            NotNative.
+        """
+
     def schedule(self) -> None:
         """Set the scheduler's timesteps as the pipeline does."""
         raise NotImplementedError

@@ -15,7 +15,9 @@ from sage.denoiser import Launcher, is_static
 from sage.families import RULES
 from sage.native.base import Adapter, NotNative
 from sage.plan import ResolvedPlan, SharingPlan
+from sage.probe import Course, Probe
 from sage.sampling import sample
+from sage.sampling_checks import check_probe
 from sage.solvers import NotInTable, noise_draws, noise_dtype, table_for
 from sage.step_back import OwnNoise
 from sage.trunk import Trunk
@@ -36,10 +38,14 @@ def run(
     on_part: Callable[[int, Trunk], None] | None,
     branch_noise: float,
     branch_back: int,
+    probe: Probe | None,
 ) -> tuple[Any, dict[str, Any], ResolvedPlan]:
     """See `sage.native.draw`."""
     pipe = adapter.pipe
+    check_probe(probe, branch_noise, branch_back, on_part, graphs)
     adapter.check_inputs(prompts, negatives)
+    if probe is not None:
+        adapter.check_probe()
     adapter.schedule()
     options = adapter.step_arguments(generators)
     table, draws = _table(pipe.scheduler, options.get("eta"))
@@ -58,11 +64,13 @@ def run(
         trunk = _joinable(trunk, x, denoiser)
         for call in np.flatnonzero(draws[:joined]):
             step_noise(call)  # what the pictures' generators would have drawn as members of the group
-    launches = 0
+    launches, made = 0, []
+    courses: list[Course] = []  # one and the same, once for every probe made
 
     def called(rows: int) -> None:
         nonlocal launches
         launches += denoiser.pieces(rows)
+        made.append(rows)
         if on_call is not None:
             on_call(rows, resolved.num_calls)
 
@@ -78,15 +86,19 @@ def run(
         noise=step_noise if draws.any() or branch is not None or back is not None else None,
         branch_noise=branch_noise,
         branch_back=branch_back,
+        probe=probe,
         on_call=called,
         on_part=on_part,
+        on_probe=courses.append,
         graphs=graphs,
     )
     ended = time.perf_counter()
     pictures = adapter.decode(x, generators)
     pipe.maybe_free_model_hooks()
-    rows = resolved.rows_made(branch_back)
-    return pictures, _stats(resolved, rows, len(table), boundaries, denoiser, launches, ended - began), resolved
+    stats = _stats(resolved, made, len(table), boundaries, denoiser, launches, ended - began)
+    if probe is not None:
+        stats["probes"] = courses[-1].records if courses else []
+    return pictures, stats, courses[-1].plan if courses else resolved
 
 
 def _joinable(trunk: Trunk, x: torch.Tensor, denoiser: _Denoiser) -> Trunk:
@@ -195,7 +207,7 @@ def _stats(
     """See `sage.Sharing.stats`.
 
     Args:
-        rows: of every denoiser call made, in order; those made again in a step back are among them.
+        rows: of every denoiser call made, in order; those made again in a step back, and those of probes, are among them.
         calls: denoiser calls of a picture on its own, those that a trunk has behind it included.
     """
     nfe, independent = sum(rows), resolved.num_leaves * calls
@@ -212,6 +224,7 @@ def _stats(
         "max_rows": denoiser.launcher.max_rows,
         "boundaries": None if all(boundaries) else boundaries,
         "cache": None,
+        "probes": None,
         "denoise_seconds": seconds,
         "solver_path": "table",
     }

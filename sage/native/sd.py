@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg, retrieve_timesteps
 
-from sage.native.base import Adapter
+from sage.native.base import Adapter, NotNative
 
 
 class StableDiffusion(Adapter):
@@ -46,6 +46,13 @@ class StableDiffusion(Adapter):
 
     def check_inputs(self, prompts, negatives) -> None:
         self.pipe.check_inputs(prompts, self.height, self.width, None, negatives)
+
+    def check_probe(self) -> None:
+        if self.guided and self.asked.guidance_rescale > 0:
+            raise NotNative(
+                f"{type(self.pipe).__name__}: guidance_rescale {self.asked.guidance_rescale} is part of the native denoiser's output, and "
+                "a probe compares it before; use one without the other, or call the pipeline inside sage.enable"
+            )
 
     def schedule(self) -> None:
         asked = self.asked
