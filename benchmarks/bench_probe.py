@@ -13,7 +13,6 @@ quality    All prompts, grouped by likeness, at a flat share without a probe, an
 """
 
 import argparse
-import json
 import math
 import sys
 from itertools import pairwise
@@ -198,7 +197,6 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     made.add_argument("--pairs", type=int, default=40, help="pairs of the deviation part (default: 40)")
     made.add_argument("--guidance-scale", type=float, default=GUIDANCE_SCALE)
     made.add_argument("--threads", type=int, default=None, help="torch threads (default: torch's choice)")
-    made.add_argument("--only", choices=["deviation", "quality"], default=None, help="one part, the other stays in --out (default: both)")
     made.add_argument("--out", default=None, help="JSON to write")
     made.add_argument("--quick", action="store_true", help="everything small: seconds on a CPU")
     args = made.parse_args(words)  # fmt: skip
@@ -216,17 +214,12 @@ def main(words: list[str] | None = None) -> int:
     pipe, scorer, embeddings = load_pipeline(), load_scorer(), sage.embed_prompts(prompts)
     pipe.set_progress_bar_config(disable=True)
     settings = {key: getattr(args, key) for key in SETTINGS} | {"prompts": len(prompts), "encoder": embeddings.encoder}
-    ran = {"environment": environment(), "settings": settings}
-    kept = args.only is not None and args.out is not None and Path(args.out).exists()
-    result = json.loads(Path(args.out).read_text(encoding="utf-8")) if kept else {"tables": {}}
-    if args.only != "quality":
-        result["deviation"] = ran | deviations(pipe, prompts, embeddings.vectors, args)
-        result["tables"]["deviation"] = result["deviation"].pop("table")
-        print(markdown_table(**result["tables"]["deviation"]), result["deviation"]["rank_correlation"], sep="\n")
-    if args.only != "deviation":
-        result["quality"] = ran | {"methods": methods(pipe, scorer, prompts, embeddings, args)}
-        result["tables"]["quality"] = quality_table(result["quality"]["methods"])
-        print(markdown_table(**result["tables"]["quality"]))
+    found, lines = deviations(pipe, prompts, embeddings.vectors, args), methods(pipe, scorer, prompts, embeddings, args)
+    tables = {"deviation": found.pop("table"), "quality": quality_table(lines)}
+    for table in tables.values():
+        print(markdown_table(**table))
+    print(found["rank_correlation"])
+    result = {"environment": environment(), "settings": settings, "deviation": found, "quality": lines, "tables": tables}
     if args.out:
         write_json(args.out, result)
     return 0

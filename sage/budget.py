@@ -10,16 +10,15 @@ A price is a loss, summed over pictures, for each row kept apart during a whole 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from sage.embed import Embeddings
-from sage.grouping import find_groups, similarity_matrix
+from sage.grouping import Groups, similarity_matrix
 from sage.loss import LossTable
 from sage.plan import SharingPlan
 from sage.plan_checks import fraction, integer
-from sage.similarity import in_millionths
 from sage.splits import Forest, Splits
 from sage.trees import Request, Trees
 
@@ -45,6 +44,8 @@ def budget_plan(
     seeds: Sequence[int] | None = None,
     alone: Sequence[bool] | None = None,
     encoder_name: str = "",
+    search: str = "auto",
+    on_groups: Callable[[Groups], None] | None = None,
 ) -> SharingPlan:
     """The plan that is expected to lose least at a given cost, price or loss: exactly one of the three is given.
 
@@ -63,7 +64,7 @@ def budget_plan(
         similarity: least cosine similarity of two members of a group, in (−1, 1].
         max_group_size: most prompts in a group.
         most: fraction of the calls, in [0, 1], after which nothing is shared: no two prompts come out equal.
-        images_per_prompt, seeds, alone, encoder_name: as for `plan_prompts`.
+        images_per_prompt, seeds, alone, encoder_name, search, on_groups: as for `plan_prompts`.
 
     Returns:
         SharingPlan: leaves in the order of the prompts; every `until` is a whole number of calls over S.
@@ -73,15 +74,12 @@ def budget_plan(
     """
     aim, value = _aim(budget=budget, quality=quality, at_loss=at_loss)
     num_calls = integer(num_calls, "budget_plan: num_calls", 1)
-    max_group_size = integer(max_group_size, "budget_plan: max_group_size", 1)
     if loss is not None and not isinstance(loss, LossTable):
         raise TypeError(f"budget_plan: loss must be a sage.loss.LossTable or None, got {type(loss).__name__}")
     shared_calls = min(math.floor(fraction(most, "budget_plan: most") * num_calls + 0.5), num_calls - 1)
     request = Request("budget_plan", prompts, embeddings, images_per_prompt, seeds, alone, encoder_name)
-    trees = Trees(request)
-    in_millionths(similarity, "budget_plan: similarity")  # even when nobody is to be grouped
-    groups = find_groups(trees.vectors, request.prompts, similarity, max_group_size, op="budget_plan").groups if request.prompts else []
-    forest = Forest(trees, groups, request.images)
+    groups = request.grouped(similarity, max_group_size, search, on_groups)
+    forest = Forest(Trees(request), groups, request.images)
     splits = Splits(forest, loss or LossTable.default(), num_calls, shared_calls)
     if aim == "budget":
         options = f"similarity={similarity:g}, max_group_size={max_group_size}, most={most:g}"

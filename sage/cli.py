@@ -12,28 +12,41 @@ from pathlib import Path
 
 import click
 
-from sage.prompts import InputError, count, read_prompts
+from sage.prompts import InputError, count
 from sage_kernels.version import __version__
 
-EXIT_INPUT, EXIT_FAILURE, EXIT_INTERRUPTED = 2, 1, 130
+EXIT_FAILURE, EXIT_INPUT, EXIT_BELOW, EXIT_INTERRUPTED = 1, 2, 3, 130
 PLOTS = (".png", ".svg", ".pdf")
+VECTORS = (".npy", ".parquet")
 
 GROUPING_OPTIONS = (
-    click.option("--share", default=0.4, show_default=True, help="Fraction of the calls that a group shares, 0 to 1."),
-    click.option("--similarity", default=0.6, show_default=True, help="Least cosine between any two prompts of a group."),
-    click.option("--max-group-size", default=8, show_default=True, help="Most prompts in a group."),
+    click.option("--share", metavar="β|LOW:HIGH", help="Fraction of the calls that a group shares, 0 to 1; LOW:HIGH: each group by its "
+                 "own similarity, HIGH where all are equal. Default: 0.4."),
+    click.option("--tree", is_flag=True, help="Inside a group, the less alike, the earlier they part; loses as much as the flat plan of "
+                 "--share is expected to, and saves more."),
+    click.option("--budget", type=float, metavar="X", help="The tree that loses least at this fraction of the rows without sharing."),
+    click.option("--quality", type=click.Choice(["high", "balanced", "fast"]), help="The tree that spends a row wherever it is worth it."),
+    click.option("--similarity", type=float, metavar="τ", help="Least cosine between any two prompts of a group. Default: 0.6; for trees "
+                 "0.3, as little alike prompts part early."),
+    click.option("--max-group-size", type=int, metavar="N", help="Most prompts in a group. Default: 8; for trees 32."),
     click.option("--images-per-prompt", default=1, show_default=True, help="Pictures of each prompt."),
-    click.option(
-        "--encoder",
-        default="auto",
-        show_default=True,
-        help="What compares prompts: auto (comes with the package), pipeline (the model's own text encoder), or the folder "
-        "or hub id of a sentence encoder.",
-    ),
+    click.option("--loss", metavar="FILE", help="What sharing costs: a loss table of your model. Default: the embedded model's."),
+    click.option("--encoder", metavar="NAME", help="What compares prompts: auto (in the package; the default), pipeline (the model's "
+                 "own text encoder), or a folder or hub id of a sentence encoder."),
+    click.option("--embeddings", metavar="FILE", help="Read vectors instead of making them: .npy [n, d] in the order of the prompts, or "
+                 ".parquet with the columns prompt and embedding."),
+    click.option("--cache", metavar="FOLDER", help="Where vectors are kept for the next time. Default: see `sage cache`."),
+    click.option("--no-cache", is_flag=True, help="Neither read nor keep vectors."),
+    click.option("--search", default="auto", show_default=True, type=click.Choice(["auto", "exact", "approximate"]),
+                 help="Compare all pairs, or for very many prompts likely ones only."),
     click.option("--model", metavar="ID|FOLDER", help="A diffusers model in safetensors. Default: the embedded emoji model."),
     click.option("--device", help="cpu, cuda, cuda:1 … Default: a GPU when there is one."),
     click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Default: float16 on GPUs."),
-)
+)  # fmt: skip
+
+
+OF_GROUPING = ("share", "tree", "budget", "quality", "similarity", "max_group_size", "images_per_prompt", "loss", "encoder",
+               "embeddings", "cache", "no_cache", "search")  # fmt: skip
 
 
 def grouping_options(command):
@@ -54,7 +67,7 @@ def cli(context, debug: bool):
     See what sharing would save, then do it:
       sage plan prompts.txt
       sage generate prompts.txt --out pictures
-      sage generate prompts.txt --out pictures --model FOLDER --solver dpm++2m --steps 20
+      sage generate prompts.txt --out pictures --model FOLDER --solver dpm++2m --steps 20 --tree
 
     PROMPTS is a text file with one prompt per line, a .jsonl file with {"prompt": …} and, if wanted, "negative_prompt"
     and "seed" per line, or - for standard input.
@@ -66,7 +79,7 @@ def cli(context, debug: bool):
 @click.option("--schedulers", is_flag=True, help="List solver names, and which diffusers schedulers have a fast path.")
 @click.pass_obj
 def info(debug: bool, schedulers: bool):
-    """Show versions, devices, kernel backends, build and model.
+    """Show versions, devices, kernel backends, build, model and embedding cache.
 
     \b
     Examples:
@@ -80,51 +93,82 @@ def info(debug: bool, schedulers: bool):
 
 
 @cli.command()
+@click.option("--folder", metavar="FOLDER", help="Another cache than the usual one.")
+@click.option("--clear", is_flag=True, help="Remove the vectors in it, and no other file.")
+@click.pass_obj
+def cache(debug: bool, folder: str | None, clear: bool):
+    """Show where embeddings of prompts are kept, and how many; --clear removes them.
+
+    \b
+    Examples:
+      sage cache                          place and size; SAGE_CACHE_DIR moves it
+      sage cache --clear
+      sage cache --folder shared --clear  that of --cache shared
+    """
+    with _clean_errors(debug):
+        from sage.embed_cache import cache_info, clear_cache
+        from sage.info import cache_text
+
+        if clear:
+            click.echo(f"Removed {cache_text(clear_cache(folder))}.")
+        else:
+            click.echo(cache_text(cache_info(folder)))
+
+
+@cli.command()
 @click.argument("prompts")
 @grouping_options
-@click.option("--steps", default=20, show_default=True, help="Denoiser calls to count the saving for.")
+@click.option("--steps", default=20, show_default=True, help="Denoiser calls to plan for.")
+@click.option("--rate", metavar="ROWS/S|FILE", help="Foretell seconds: denoiser rows per second, or report.json of a `sage generate`.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
+@click.option("--html", metavar="FILE", help="Write a page with every group, to search and sort; needs no other file.")
 @click.option("--out", metavar="FILE", help="Save the plan; `sage generate --plan FILE` follows it.")
 @click.option("--plot", metavar="FILE", help="Draw the plan into a .png, .svg or .pdf file.")
-@click.option("--all", "show_all", is_flag=True, help="List every group; without it the first 20.")
+@click.option("--save-embeddings", metavar="FILE", help="Keep the vectors in a .npy or .parquet file for --embeddings.")
+@click.option("--fail-below", type=float, metavar="SAVING", help="Exit code 3 when less than this fraction of the rows is saved.")
+@click.option("--all", "show_all", is_flag=True, help="List every group and every picture alone, not a few of them.")
 @click.pass_obj
-def plan(debug, prompts, steps, as_json, out, plot, show_all, model, device, dtype, **grouping):
-    """Group PROMPTS and show what sharing would save. No picture is made.
+def plan(debug, prompts, steps, model, device, dtype, rate, fail_below, as_json, html, out, plot, save_embeddings, show_all, **options):
+    """Group PROMPTS and show what sharing would save and lose. No picture is made.
+
+    How much is shared is one of --share (flat: a group runs as one row, then all part), --tree, --budget and --quality.
 
     \b
     Examples:
       sage plan prompts.txt
       sage plan prompts.txt --similarity 0.7 --share 0.3
+      sage plan prompts.txt --share 0.2:0.6             each group by its own similarity
+      sage plan prompts.txt --tree                      the loss of share 0.4, fewer rows
+      sage plan prompts.txt --budget 0.6 --steps 30     at most 60 % of the rows
+      sage plan prompts.txt --quality high --html plan.html
       sage plan prompts.jsonl --out plan.json --plot plan.png
-      grep fox prompts.txt | sage plan - --json
+      sage plan prompts.txt --embeddings clip.npy --rate pictures/report.json
+      grep fox prompts.txt | sage plan - --json --fail-below 0.1
+
+    \b
+    Exit codes:
+      0  done                        2  prompts, options or files cannot be used
+      1  something failed            3  less saved than --fail-below asks for
     """
     with _clean_errors(debug):
-        from sage.loading import check_device, check_model, load_model
-        from sage.planning import Grouping, make_plan, plan_summary, plan_text
+        from sage.commands import Outputs, plan_prompts_of
+        from sage.plan_report import plan_text
+        from sage.planning import Grouping
 
-        request = Grouping(**grouping)
-        request.check()
         if steps < 1:
             raise InputError(f"--steps must be at least 1, got {steps}.")
-        for file in (out, plot):
-            _check_file(file)
-        if plot is not None and Path(plot).suffix.lower() not in PLOTS:
-            raise InputError(f"--plot {plot}: the name must end in one of {', '.join(PLOTS)}.")
-        read = read_prompts(prompts)
-        check_model(model)
-        check_device(device)
-        for remark in read.remarks():
-            _say(remark)
-        pipe = load_model(model, device, dtype) if request.encoder == "pipeline" else None
-        made, _ = make_plan(read, request, pipe)
-        if out is not None:
-            from sage.output import write_atomic
-
-            write_atomic(Path(out), made.to_json() + "\n")
-        if plot is not None:
-            made.plot(plot, num_calls=steps)
-        click.echo(json.dumps(plan_summary(made, steps), ensure_ascii=False, indent=1) if as_json
-                   else plan_text(made, steps, None if show_all else 20))  # fmt: skip
+        if fail_below is not None and not -1 <= fail_below <= 1:
+            raise InputError(f"--fail-below must be a fraction of the rows such as 0.1, got {fail_below:g}.")
+        grouping = Grouping.from_options(**options)
+        for file, endings in ((out, ()), (html, ()), (plot, PLOTS), (save_embeddings, VECTORS)):
+            _check_file(file, endings)
+        outputs = Outputs(plan=out, plot=plot, html=html, embeddings=save_embeddings)
+        pipe_options = {"model": model, "device": device, "dtype": dtype}
+        summary, made = plan_prompts_of(prompts, grouping, steps, rate, outputs, pipe_options, _say, sys.stderr.isatty())
+        click.echo(json.dumps(summary, ensure_ascii=False, indent=1) if as_json else plan_text(summary, made, show_all))
+        if fail_below is not None and summary["saving"] < fail_below:
+            _say(f"Saves {summary['saving']:.1%} of the denoiser rows, below the {fail_below:.1%} of --fail-below.")
+            sys.exit(EXIT_BELOW)
 
 
 @cli.command()
@@ -144,7 +188,7 @@ def plan(debug, prompts, steps, as_json, out, plot, show_all, model, device, dty
 @click.option("--overwrite", is_flag=True, help="Replace what an earlier run left in the output folder.")
 @click.option("--resume", is_flag=True, help="Complete a run that was stopped; prompts and options must be the same.")
 @click.pass_obj
-def generate(debug, prompts, share, similarity, max_group_size, images_per_prompt, encoder, **options):
+def generate(debug, prompts, **options):
     """Make pictures of PROMPTS, running the early steps of similar prompts once.
 
     Writes FOLDER/index.html (a gallery), images/, manifest.jsonl, plan.json and report.json. Without --model the small
@@ -155,14 +199,20 @@ def generate(debug, prompts, share, similarity, max_group_size, images_per_promp
       sage generate prompts.txt --out pictures
       sage generate prompts.txt --out pictures --compare         with and without sharing, side by side
       sage generate prompts.txt --out pictures --share 0.3 --images-per-prompt 4
+      sage generate prompts.txt --out pictures --budget 0.6      at most 60 % of the rows, as a tree
       sage generate prompts.txt --out pictures --model ./sd15 --solver dpm++2m --steps 20 --seed 7
       sage generate prompts.txt --out pictures --resume          after an interruption
+
+    \b
+    Exit codes:
+      0  done                        2  prompts, options or files cannot be used
+      1  something failed          130  interrupted; --resume completes the run
     """
     with _clean_errors(debug):
         from sage.commands import Generation, Request
         from sage.planning import Grouping
 
-        grouping = Grouping(share, similarity, max_group_size, images_per_prompt, encoder)
+        grouping = Grouping.from_options(**{name: options.pop(name) for name in OF_GROUPING})
         generation = Generation(Request(grouping=grouping, **options), prompts, _say, progress=sys.stderr.isatty())
         try:
             report = generation.run()
@@ -209,12 +259,16 @@ def _clean_errors(debug: bool):
         sys.exit(EXIT_INPUT if wrong_input else EXIT_FAILURE)
 
 
-def _check_file(file: str | None) -> None:
-    """Refuse a file to be written whose folder is missing, or that is a folder itself."""
-    if file is not None and Path(file).is_dir():
+def _check_file(file: str | None, endings: tuple[str, ...] = ()) -> None:
+    """Refuse a file to be written whose folder is missing, that is a folder itself, or whose name ends otherwise."""
+    if file is None:
+        return
+    if Path(file).is_dir():
         raise InputError(f"{file}: this is a folder; give the name of a file.")
-    if file is not None and not Path(file).absolute().parent.is_dir():
+    if not Path(file).absolute().parent.is_dir():
         raise InputError(f"{file}: the folder {Path(file).parent} does not exist.")
+    if endings and Path(file).suffix.lower() not in endings:
+        raise InputError(f"{file}: the name must end in one of {', '.join(endings)}.")
 
 
 def _say(text: str) -> None:

@@ -1,19 +1,19 @@
-"""What `sage generate` does, step by step; sage/cli.py reads its options."""
+"""What `sage plan` and `sage generate` do, step by step; sage/cli.py reads their options."""
 
 from __future__ import annotations
 
-import dataclasses
 import datetime
 import inspect
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from sage.info import command_line, machine, versions
 from sage.loading import EMBEDDED, check_device, check_model, cut_prompts, load_model
 from sage.output import OutputFolder, PictureSeries, digest, to_json, write_atomic
 from sage.plan import SharingPlan
-from sage.planning import Grouping, leaves_of, load_plan, make_plan
+from sage.planning import Grouping, Planner, leaves_of, load_plan
 from sage.prompts import InputError, check_seed, count, read_prompts
 
 Say = Callable[[str], None]
@@ -43,6 +43,8 @@ class Request:
     def check(self) -> None:
         """Refuse what is out of range or unknown, before anything is loaded."""
         self.grouping.check()
+        if self.plan is not None and self.grouping.given:
+            raise InputError(f"--plan and {', '.join(self.grouping.given)} exclude each other: the plan is made already.")
         for option in ("steps", "max_rows"):
             value = getattr(self, option)
             if value is not None and value < 1:
@@ -61,6 +63,66 @@ def check_solver(solver: str) -> None:
 
     if solver not in SOLVERS:
         raise InputError(f"--solver {solver}: unknown; known solvers: {', '.join(SOLVERS)}.")
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """Files that `sage plan` writes; None: not."""
+
+    plan: str | None = None
+    plot: str | None = None
+    html: str | None = None
+    embeddings: str | None = None
+
+
+def plan_prompts_of(
+    source: str, grouping: Grouping, num_calls: int, rate: str | None, outputs: Outputs, model: dict, say: Say, progress: bool
+) -> tuple[dict, SharingPlan]:
+    """All of `sage plan`: look at everything, plan, write files.
+
+    Args:
+        source: name of the prompt file.
+        grouping: checked options.
+        num_calls: S, denoiser calls planned for.
+        rate: --rate as it was typed.
+        model: "model", "device" and "dtype", of which only the encoder "pipeline" makes use.
+        say: takes remarks.
+        progress: show bars.
+
+    Returns:
+        The plan in numbers, see `sage.plan_report.plan_summary`, and the plan.
+    """
+    from sage.plan_report import plan_summary, read_rate
+
+    rows_per_second = read_rate(rate)
+    prompts = read_prompts(source)
+    check_model(model["model"])
+    check_device(model["device"])
+    for remark in prompts.remarks():
+        say(remark)
+    pipe = load_model(**model) if grouping.encoder == "pipeline" else None
+    planner = Planner(prompts, grouping, num_calls, pipe, progress)
+    if outputs.embeddings is not None:
+        _save_embeddings(outputs.embeddings, planner)
+    summary = plan_summary(planner, rows_per_second)
+    if outputs.plan is not None:
+        write_atomic(Path(outputs.plan), planner.plan.to_json() + "\n")
+    if outputs.plot is not None:
+        planner.plan.plot(outputs.plot, num_calls=num_calls)
+    if outputs.html is not None:
+        from sage.plan_page import plan_page
+
+        write_atomic(Path(outputs.html), plan_page(summary, planner.plan))
+    return summary, planner.plan
+
+
+def _save_embeddings(path: str, planner: Planner) -> None:
+    from sage.embed_files import save_embeddings
+
+    try:
+        save_embeddings(path, planner.prompts.prompts, planner.embeddings)
+    except (OSError, ModuleNotFoundError) as error:
+        raise InputError(f"--save-embeddings {path}: {error}") from error
 
 
 class Generation:
@@ -116,12 +178,14 @@ class Generation:
 
     def _make_plan(self, resumed: bool):
         """The plan with a seed on every leaf, and the cosines to each trunk (None for a plan that was passed in)."""
+        from sage.generation import trunk_similarities
         from sage.seeds import seeded
 
         if self.fixed_plan is not None:
             plan, cosines = self.fixed_plan, None
         else:
-            plan, cosines = make_plan(self.prompts, self.request.grouping, self.pipe)
+            planner = Planner(self.prompts, self.request.grouping, self.settings["steps"], self.pipe, self.progress)
+            plan, cosines = planner.plan, trunk_similarities(planner.plan, planner.embeddings.vectors, self.images)
         if resumed:
             saved = str(self.folder.path / "plan.json")
             plan = load_plan(saved, plan.leaves, f"--resume: the run's own plan {saved}")
@@ -134,7 +198,7 @@ class Generation:
         return {
             "model": request.model or EMBEDDED,
             "prompts": digest([self.prompts.prompts, self.prompts.negative_prompts, self.prompts.seeds]),
-            **dataclasses.asdict(request.grouping),
+            **request.grouping.settings(),
             "plan": None if self.fixed_plan is None else digest(self.fixed_plan.to_json()),
             "steps": request.steps or steps,
             "solver": request.solver,

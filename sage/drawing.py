@@ -19,11 +19,11 @@ def describe(plan: SharingPlan, num_calls: int = 20, max_groups: int | None = No
     alone = [root for root in plan.roots if len(root.members) == 1]
     limit = max(len(plan.roots), 1) if max_groups is None else integer(max_groups, "describe: max_groups", 0)
     spans = {id(node): (first, end) for first, end, node in plan.intervals(num_calls)}
-    names = _leaf_names(plan, 100)
+    names = leaf_names(plan, 100)
     lines = [_heading(plan)]
     for number, root in enumerate(groups[:limit], 1):
         lines += ["", f"group {number}, {len(root.members)} images: {_when(root, spans, num_calls)}"]
-        lines += _branches(root, names, spans, num_calls, "  ")
+        lines += branches(root, names, spans, num_calls, "  ")
     if len(groups) > limit:
         lines += ["", f"… and {len(groups) - limit} more groups"]
     if alone:
@@ -65,7 +65,7 @@ def _when(node: Node, spans: dict[int, tuple[int, int]], num_calls: int) -> str:
     return f"one row for {calls} of {num_calls} (share {node.until:.3g})"
 
 
-def _branches(node: Node, names: list[str], spans: dict, num_calls: int, indent: str) -> list[str]:
+def branches(node: Node, names: list[str], spans: dict, num_calls: int, indent: str) -> list[str]:
     """The lines below a node: its children, or its members when it never parts."""
     parts = node.children or tuple(map(Node.single, node.members))
     lines = []
@@ -78,11 +78,11 @@ def _branches(node: Node, names: list[str], spans: dict, num_calls: int, indent:
             continue
         mark = "*" if node.representative in part.members else " "
         lines.append(f"{indent}{joint}{mark}{len(part.members)} images: {_when(part, spans, num_calls)}")
-        lines += _branches(part, names, spans, num_calls, indent + ("    " if last else "│   "))
+        lines += branches(part, names, spans, num_calls, indent + ("    " if last else "│   "))
     return lines
 
 
-def _leaf_names(plan: SharingPlan, width: int) -> list[str]:
+def leaf_names(plan: SharingPlan, width: int) -> list[str]:
     """Each leaf's prompt in one line, with its image number where the prompt has several, and its seed."""
     images = Counter(leaf.prompt for leaf in plan.leaves)
     names = []
@@ -132,14 +132,14 @@ def _lanes(plan: SharingPlan, max_leaves: int) -> tuple[dict[int, float], int]:
         is_group = len(root.members) > 1
         place += 0.6 if lanes and (is_group or was_group) else 0.0
         was_group = is_group
-        for leaf in _in_tree_order(root)[: max_leaves - len(lanes)]:
+        for leaf in in_tree_order(root)[: max_leaves - len(lanes)]:
             lanes[leaf] = place
             place += 1.0
     return lanes, len(plan.leaves) - len(lanes)
 
 
-def _in_tree_order(node: Node) -> list[int]:
-    return [leaf for child in node.children for leaf in _in_tree_order(child)] or list(node.members)
+def in_tree_order(node: Node) -> list[int]:
+    return [leaf for child in node.children for leaf in in_tree_order(child)] or list(node.members)
 
 
 def _draw_lanes(ax: Any, plan: SharingPlan, lanes: dict[int, float], num_calls: int) -> None:
@@ -160,7 +160,7 @@ def _draw_lanes(ax: Any, plan: SharingPlan, lanes: dict[int, float], num_calls: 
         if shared and end < num_calls and shown:
             ax.plot([end, end], [lanes[shown[0]] - 0.4, max(lanes[leaf] for leaf in shown) + 0.4],
                     color=colours[shown[0]], linewidth=1.6, solid_capstyle="butt")
-    names = _leaf_names(plan, 72)
+    names = leaf_names(plan, 72)
     ax.set_yticks(list(lanes.values()), [names[leaf] for leaf in lanes], fontsize=9, parse_math=False)
     ax.set_ylim(max(lanes.values()) + 0.7, -0.7)
     ax.set_xlim(0, num_calls)

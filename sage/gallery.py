@@ -262,10 +262,10 @@ def _head_html(title: str, report: dict, resolved: ResolvedPlan, groups, alone, 
     nfe, independent = stats["nfe"], stats["nfe_independent"]
     sharing = resolved.num_leaves - len(alone)
     tiles = [
-        _tile(f"{1 - nfe / independent:.1%}", f"denoiser rows saved: {nfe:,} instead of {independent:,}", main=True),
+        tile(f"{1 - nfe / independent:.1%}", f"denoiser rows saved: {nfe:,} instead of {independent:,}", main=True),
         _clock_tile(report),
-        _tile(f"{sharing} of {resolved.num_leaves}", f"pictures share, in {count(len(groups), 'group')}"),
-        _tile(str(len(alone)), "drawn on their own" if len(alone) != 1 else "drawn on its own"),
+        tile(f"{sharing} of {resolved.num_leaves}", f"pictures share, in {count(len(groups), 'group')}"),
+        tile(str(len(alone)), "drawn on their own" if len(alone) != 1 else "drawn on its own"),
     ]
     settings = report.get("settings") or {}
     facts = {
@@ -285,7 +285,7 @@ def _head_html(title: str, report: dict, resolved: ResolvedPlan, groups, alone, 
     )
 
 
-def _tile(value: str, text: str, main: bool = False) -> str:
+def tile(value: str, text: str, main: bool = False) -> str:
     return f'<div class="tile{" main" if main else ""}"><b>{html.escape(value)}</b><span>{html.escape(text)}</span></div>'
 
 
@@ -293,15 +293,15 @@ def _clock_tile(report: dict) -> str:
     stats, unshared = report.get("stats") or {}, report.get("unshared_stats") or {}
     seconds = stats.get("seconds")
     if not seconds:
-        return _tile("–", "seconds were not measured")
+        return tile("–", "seconds were not measured")
     if not unshared.get("seconds") or stats.get("kept") or unshared.get("kept"):
-        return _tile(f"{seconds:.1f} s", f"{stats.get('images_per_second', 0):.2f} pictures per second")
+        return tile(f"{seconds:.1f} s", f"{stats.get('images_per_second', 0):.2f} pictures per second")
     shared = seconds + (report.get("seconds") or {}).get("planning", 0.0)  # sharing has to pay for its plan
     other = unshared["seconds"]
     clocks = f"{shared:.1f} s shared, {other:.1f} s unshared"
     if shared >= other:
-        return _tile(f"+{shared / other - 1:.1%}", f"more time: {clocks}")
-    return _tile(f"{1 - shared / other:.1%}", f"time saved: {clocks}", main=True)
+        return tile(f"+{shared / other - 1:.1%}", f"more time: {clocks}")
+    return tile(f"{1 - shared / other:.1%}", f"time saved: {clocks}", main=True)
 
 
 def _rows_chart(rows: list[int], resolved: ResolvedPlan) -> str:

@@ -8,6 +8,10 @@ import os
 import platform
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sage.embed_cache import CacheInfo
 
 PACKAGES = ("torch", "diffusers", "transformers", "numpy", "triton", "safetensors", "pillow", "matplotlib")
 
@@ -55,6 +59,7 @@ def info_text() -> str:
     """The answer of `sage info`."""
     import torch
 
+    from sage.embed_cache import cache_info
     from sage_kernels import backends
 
     facts = machine()
@@ -64,6 +69,7 @@ def info_text() -> str:
     build = backends.build_info()
     lines += ["", "Build", *_table({k: v for k, v in build.items() if k != "mend" and v not in (None, [])})]
     lines += ["", "Model", *_table(_shipped())]
+    lines += ["", "Embedding cache", f"  {cache_text(cache_info())}", "  `sage cache --clear` empties it"]
     return "\n".join(lines)
 
 
@@ -105,6 +111,13 @@ def _shipped() -> dict[str, str]:
         return {"embedded": f"missing: {error}", "encoder": "missing"}
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) / 1e6
     return {"embedded": f"{folder} ({size:.1f} MB)", "encoder": f"{encoder} (default for grouping)"}
+
+
+def cache_text(info: CacheInfo) -> str:
+    """One line on what a cache of embeddings holds."""
+    damaged = f"; {len(info.unreadable)} of the files damaged, built anew when next used" if info.unreadable else ""
+    encoders = "encoder" if info.files == 1 else "encoders"
+    return f"{info.folder}: {info.prompts:,} vectors of {info.files} {encoders}, {info.bytes / 1e6:.1f} MB{damaged}"
 
 
 def schedulers_text() -> str:

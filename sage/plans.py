@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from sage.embed import Embeddings
-from sage.grouping import Group, find_groups
+from sage.grouping import Group, Groups
 from sage.plan import SharingPlan
-from sage.plan_checks import fraction, integer
+from sage.plan_checks import fraction
 from sage.similarity import in_millionths
 from sage.trees import Request, Trees
 from sage_kernels.grouping import UNITS
@@ -28,6 +28,8 @@ def plan_prompts(
     seeds: Sequence[int] | None = None,
     alone: Sequence[bool] | None = None,
     encoder_name: str = "",
+    search: str = "auto",
+    on_groups: Callable[[Groups], None] | None = None,
 ) -> SharingPlan:
     """The flat plan for prompts: groups share a fraction of the calls, then every image goes on alone.
 
@@ -48,6 +50,8 @@ def plan_prompts(
         seeds: one per image, in the order of the leaves; None leaves them open.
         alone: bool [n]; prompts that must not be grouped.
         encoder_name: for the record.
+        search: "auto", "exact" or "approximate", see `sage.grouping.find_groups`.
+        on_groups: called with the `Groups` that were found, if anybody is to be grouped: method and recall of the search.
 
     Returns:
         SharingPlan: leaves in the order of the prompts, the images of each prompt together.
@@ -60,7 +64,7 @@ def plan_prompts(
     def untils(group: Group) -> list[float]:
         return [until(group.merges[-1][2])] * len(group.merges) if group.merges else []
 
-    return _plan(request, similarity, max_group_size, untils)
+    return _plan(request, request.grouped(similarity, max_group_size, search, on_groups), similarity, untils)
 
 
 def tree_plan(
@@ -74,6 +78,8 @@ def tree_plan(
     seeds: Sequence[int] | None = None,
     alone: Sequence[bool] | None = None,
     encoder_name: str = "",
+    search: str = "auto",
+    on_groups: Callable[[Groups], None] | None = None,
 ) -> SharingPlan:
     """The tree plan for prompts: inside a group, the less alike, the earlier they part.
 
@@ -94,7 +100,8 @@ def tree_plan(
         raise ValueError(f"tree_plan: share must be two numbers (low, high), got {share!r}")
     until = _by_height("tree_plan", share, similarity)
     request = Request("tree_plan", prompts, embeddings, images_per_prompt, seeds, alone, encoder_name)
-    return _plan(request, similarity, max_group_size, lambda group: [until(height) for _, _, height in group.merges])
+    groups = request.grouped(similarity, max_group_size, search, on_groups)
+    return _plan(request, groups, similarity, lambda group: [until(height) for _, _, height in group.merges])
 
 
 def _by_height(op: str, share: Sequence[float], similarity: float) -> Callable[[int], float]:
@@ -108,12 +115,9 @@ def _by_height(op: str, share: Sequence[float], similarity: float) -> Callable[[
     return lambda height: low + (high - low) * ((height - least) / (UNITS - least) if least < UNITS else 1.0)
 
 
-def _plan(request: Request, similarity: float, max_group_size: int, untils: Callable[[Group], list[float]]) -> SharingPlan:
-    """Group the distinct prompts, and for each group and image index grow a tree; everyone else runs alone."""
-    max_group_size = integer(max_group_size, f"{request.op}: max_group_size", 1)
-    in_millionths(similarity, f"{request.op}: similarity")  # even when nobody is to be grouped
+def _plan(request: Request, groups: list[Group], similarity: float, untils: Callable[[Group], list[float]]) -> SharingPlan:
+    """For each group and image index grow a tree; everyone else runs alone."""
     trees = Trees(request)
-    groups = find_groups(trees.vectors, request.prompts, similarity, max_group_size, op=request.op).groups if request.prompts else []
     roots = [trees.tree(*group, untils(group), image) for group in groups for image in range(request.images)]
     return SharingPlan.tree(
         request.leaves, [root for root in roots if root is not None], encoder=request.encoder_name, similarity=similarity

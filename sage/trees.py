@@ -1,16 +1,17 @@
 """Groups to plans: the checked arguments of a request, and the trees that grow from a group's merges."""
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from sage.embed import Embeddings
-from sage.grouping import medoid
+from sage.grouping import Group, Groups, find_groups, medoid
 from sage.plan import Leaf, Node
 from sage.plan_checks import integer, texts
+from sage.similarity import in_millionths
 
 Merges = list[tuple[int, int, int]]  # (a, b, height): the clusters that hold inputs a and b are joined, in order
 
@@ -51,6 +52,19 @@ class Request:
         apart = {prompt for prompt, places in positions.items() if alone[places].any()}
         self.prompts = [prompt for prompt in positions if prompt not in apart]
         self.vectors = [_one_vector(op, prompt, vectors[positions[prompt]]) for prompt in self.prompts]
+
+    def grouped(
+        self, similarity: float, max_group_size: int, search: str, on_groups: Callable[[Groups], None] | None
+    ) -> list[Group]:
+        """The groups of `prompts`; `on_groups` is told how they were found. Arguments are checked even when nobody is to be grouped."""
+        in_millionths(similarity, f"{self.op}: similarity")
+        max_group_size = integer(max_group_size, f"{self.op}: max_group_size", 1)
+        if not self.prompts:
+            return []
+        found = find_groups(np.array(self.vectors), self.prompts, similarity, max_group_size, search=search, op=self.op)
+        if on_groups is not None:
+            on_groups(found)
+        return found.groups
 
 
 def _leaves(op: str, prompts: list[str], images_per_prompt: int, seeds: Any) -> list[Leaf]:

@@ -263,6 +263,54 @@ def test_a_saved_plan_is_followed(model, prompts, tmp_path):
     assert made.roots == planned.roots and all(leaf.seed is not None for leaf in made.leaves)
 
 
+ALIKE = ["a red cat", "a red car", "a red cap", "a red can", "the sea"]  # equal vectors, but for the last
+
+
+@pytest.mark.parametrize(
+    ("options", "settings"),
+    [
+        (("--share", "0.25:0.5"), {"share": [0.25, 0.5], "similarity": 0.6, "tree": None}),
+        (("--tree", "--share", 0.5), {"share": 0.5, "tree": True, "similarity": None}),
+        (("--budget", 0.6), {"share": None, "budget": 0.6}),
+        (("--quality", "fast", "--max-group-size", 2), {"share": None, "quality": "fast", "max_group_size": 2}),
+    ],
+)
+def test_each_way_to_share_makes_pictures_and_resumes(model, tmp_path, options, settings):
+    source, out = tmp_path / "prompts.txt", tmp_path / "out"
+    source.write_text("\n".join(ALIKE))
+    result = generate(source, out, model, *options)
+    assert result.exit_code == 0, result.output
+    report, plan = json.loads((out / "report.json").read_text()), SharingPlan.load(out / "plan.json")
+    assert report["settings"].items() >= settings.items()
+    assert report["stats"]["nfe"] == plan.cost(4).nfe < 20
+    planned = json.loads(sage("plan", source, "--steps", 4, "--json", *options).stdout)
+    assert planned["nfe"] == plan.cost(4).nfe
+    (out / "images" / "00000-a-red-cat.png").unlink()
+    again = generate(source, out, model, *options, "--resume")
+    assert again.exit_code == 0 and len(pictures(out / "images")) == 5
+    other = generate(source, out, model, "--share", 0.1, "--resume")
+    assert other.exit_code == 2 and "--resume wants the settings of the run that is there" in other.stderr
+    rate = json.loads(sage("plan", source, "--rate", out / "report.json", "--json").stdout)["rate"]
+    assert rate > 0
+
+
+def test_a_budget_is_for_the_steps_of_the_run(model, tmp_path):
+    source = tmp_path / "prompts.txt"
+    source.write_text("\n".join(ALIKE))
+    for steps, rows in ((4, 12), (10, 30)):
+        result = generate(source, tmp_path / f"out{steps}", model, "--budget", 0.6, "--steps", steps)
+        assert result.exit_code == 0, result.output
+        report = json.loads((tmp_path / f"out{steps}" / "report.json").read_text())
+        assert report["stats"]["nfe"] == rows and report["stats"]["nfe_independent"] == 5 * steps
+
+
+def test_a_saved_plan_and_ways_to_make_one_exclude_each_other(model, prompts, tmp_path):
+    saved = tmp_path / "plan.json"
+    assert sage("plan", prompts, "--out", saved).exit_code == 0
+    result = generate(prompts, tmp_path / "out", model, "--plan", saved, "--tree", "--similarity", 0.5)
+    assert result.exit_code == 2 and "--plan and --tree, --similarity exclude each other" in result.stderr
+
+
 def test_long_prompts_are_counted(model, tmp_path):
     source = tmp_path / "prompts.txt"
     source.write_text("short\n" + "long " * 60 + "\n")
@@ -290,6 +338,9 @@ def test_long_prompts_are_counted(model, tmp_path):
         (("--encoder", "nowhere"), "encoder folder 'nowhere' does not exist"),
         (("--plan", "missing.json"), "--plan missing.json: cannot be read"),
         (("--overwrite", "--resume"), "exclude each other"),
+        (("--budget", 0.5, "--quality", "high"), "--budget and --quality exclude each other"),
+        (("--embeddings", "missing.npy"), "--embeddings missing.npy: no such file"),
+        (("--budget", 0.01), "--budget 0.01: budget must be at least"),
         (("--dtype", "float8"), "'float8' is not one of"),
     ],
 )
@@ -360,6 +411,7 @@ def test_model_folders(prompts, tmp_path):
 
 def test_plan_text_and_json(prompts):
     text = sage("plan", prompts)
+    assert text.exit_code == 0, text.output
     assert text.exit_code == 0 and "20%" in text.stdout and "40%" in text.stdout and "60%" in text.stdout
     data = json.loads(sage("plan", prompts, "--json").stdout)
     assert data["pictures"] == 5 and data["groups"][0]["prompts"] == ["a red cat", "a red car"]
@@ -403,10 +455,12 @@ def test_info_says_how_to_get_the_gpu_kernels(monkeypatch):
     assert "built without CUDA kernels: no nvcc" in text and backends.CUDA_MEND in text and "auto on cpu" in text
 
 
-@pytest.mark.parametrize("command", [(), ("info",), ("plan",), ("generate",)])
+@pytest.mark.parametrize("command", [(), ("info",), ("cache",), ("plan",), ("generate",)])
 def test_help_teaches(command):
     result = sage(*command, "--help")
     assert result.exit_code == 0 and "sage " in result.stdout
+    assert max(map(len, result.stdout.splitlines())) <= 110
+    assert command not in (("plan",), ("generate",)) or "Exit codes:" in result.stdout
 
 
 def test_debug_shows_the_traceback(prompts, tmp_path):

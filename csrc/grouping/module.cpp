@@ -5,6 +5,7 @@
 #include <pybind11/stl.h>
 
 #include <cstring>
+#include <utility>
 
 #include "complete_linkage.h"
 #include "similarity.h"
@@ -66,7 +67,7 @@ Array<int32_t> py_complete_linkage(int64_t num_nodes, const std::vector<Array<in
       const Pair* given = reinterpret_cast<const Pair*>(part.data());
       edges.insert(edges.end(), given, given + part.shape(0));
     }
-    merges = CompleteLinkage(num_nodes, edges, max_size).run(edges);
+    merges = complete_linkage(num_nodes, std::move(edges), max_size);
   }
   return triples(merges);
 }
