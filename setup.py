@@ -165,6 +165,7 @@ class Record:
             "nvcc": None,
             "cuda_archs": [],
             "cuda_reason": "no native kernels were built",
+            "grouping_reason": None,
             "version": runpy.run_path(os.path.join(HERE, "sage_kernels", "version.py"))["__version__"],
         }
 
@@ -244,9 +245,11 @@ def native_build(record):
             record.write(os.path.join(HERE if in_place else self.build_lib, "sage_kernels"))
 
         def build_extensions(self):
+            kernels, core = self.extensions
             try:
                 if cuda:
-                    self.add_cuda(self.extensions[0], *cuda)
+                    self.add_cuda(kernels, *cuda)
+                self.extensions = [kernels]
                 super().build_extensions()
             except Exception as error:
                 if MODE != "auto":
@@ -254,6 +257,22 @@ def native_build(record):
                 verbose = f"SAGE_BUILD=cpu pip install -v{REINSTALL.removeprefix('pip install')}"
                 record.left_out(f"compiling failed ({type(error).__name__}: {str(error)[:200]})", verbose)
                 self.extensions = []
+            else:
+                self.add_core(core)
+
+        def add_core(self, core):
+            """Builds the grouping core; in auto mode a failure leaves the kernels alone."""
+            kernels, self.extensions = self.extensions, [core]
+            try:
+                super().build_extensions()
+                self.extensions = [*kernels, core]
+            except Exception as error:
+                if MODE != "auto":
+                    raise
+                record.facts["native"].remove("grouping")
+                record.facts["grouping_reason"] = f"compiling it failed ({type(error).__name__}: {str(error)[-200:]})"
+                say(f"no grouping core, it will run in Python, slower: {record.facts['grouping_reason']}")
+                self.extensions = kernels
 
         def add_cuda(self, extension, path, release, runtime, archs):
             """Adds the CUDA kernels; in auto mode a failure leaves the C++ kernels alone."""

@@ -2,7 +2,8 @@
 
 Prompts are read, perturbed as templates (a word or two of each replaced by words of other prompts) and embedded by the encoder that
 comes with the package. More vectors than that come from differences of meaning: e(a) + s·(e(b) − e(c)), where b and c are two
-perturbations of one template and s is drawn; so they have the spectrum and the neighbourhoods of embeddings, which noise has not.
+different perturbations of one template and s is drawn; so they have the spectrum and the neighbourhoods of embeddings, which noise has
+not. The encoder's vectors are shorter than WIDTH: they are turned into that space, and a little noise fills all its directions.
 """
 
 import csv
@@ -16,6 +17,7 @@ from sage.embed import embed_prompts
 from sage.prompts import read_prompts
 
 WIDTH = 384  # of all-MiniLM-L6-v2, the usual sentence encoder; the shipped one's vectors are turned into this space
+NOISE = 0.1  # length of the noise beside a vector of length 1
 VARIANTS = 4  # perturbations of each prompt
 MOST_TEXTS = 12_000  # that are embedded
 
@@ -68,7 +70,6 @@ class Source:
         vectors = embed_prompts(texts, progress=True).vectors
         turn = np.linalg.qr(np.random.default_rng(seed).standard_normal((WIDTH, WIDTH)))[0][: vectors.shape[1]]
         self.vectors = (vectors @ turn).astype(np.float32)  # cosines stay what they are
-        self.encoder_width = vectors.shape[1]
 
     def draw(self, count, seed):
         """float32 [count, WIDTH], rows of length 1."""
@@ -79,9 +80,11 @@ class Source:
             some = min(50_000, count - begin)
             a = rng.integers(0, self.texts, some)
             template = rng.integers(0, self.prompts, some) * per
-            b, c = (template + rng.integers(0, per, some) for _ in range(2))
+            first = rng.integers(0, per, some)
+            b, c = template + first, template + (first + rng.integers(1, per, some)) % per
             step = rng.uniform(0.5, 1.5, (some, 1)).astype(np.float32)
             made = self.vectors[a] + step * (self.vectors[b] - self.vectors[c])
+            made += rng.standard_normal((some, WIDTH), dtype=np.float32) * (NOISE / WIDTH**0.5)
             out[begin : begin + some] = made / np.linalg.norm(made, axis=1, keepdims=True)
         return out
 

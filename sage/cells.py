@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from sage.threshold_graph import Bounds, Products, floor
+from sage.threshold_graph import Bounds, Products
 from sage_kernels.grouping import similarities
 
 MOST_PROBES = 64  # cells a vector may probe
@@ -91,13 +91,13 @@ def _ranks(products: Products, nodes: np.ndarray, probes: np.ndarray, sample: np
 
     A pair is found if either end probes the cell of the other. One that is never found has the number of probes.
     """
-    ranks, tile_width = [], products.grid.shape[1]
+    ranks, rows, floor = [], products.rows(nodes[sample]), products.floor(products.grid.shape[1], least)
     for begin in range(0, len(nodes), products.rows_at_once):
         others = np.arange(begin, min(begin + products.rows_at_once, len(nodes)))
-        tile = products.tile(products.rows(nodes[sample]), products.rows(nodes[others]))
-        at_row, at_col = (at.cpu().numpy() for at in (tile >= floor(tile_width, least)).nonzero(as_tuple=True))
+        tile = products.tile(rows, products.rows(nodes[others]))
+        at_row, at_col = (at.cpu().numpy() for at in (tile >= floor).nonzero(as_tuple=True))
         a, b = sample[at_row], others[at_col]
-        reaches = (a != b) & (similarities(products.grid, nodes[a], nodes[b], products.threads) >= least)
+        reaches = (a != b) & (similarities(products.grid, products.squares, nodes[a], nodes[b], products.threads) >= least)
         a, b = a[reaches], b[reaches]
         ranks.append(np.minimum(_rank(probes[a], probes[b, 0]), _rank(probes[b], probes[a, 0])))
     return np.concatenate(ranks)

@@ -6,11 +6,13 @@ clusters whose least similar pair is most similar are joined, as long as that pa
 size the cap. When no two groups can be joined any more the groups are maximal. Ahead of it, equal vectors fill whole groups.
 
 The outcome depends on the set of prompts alone, never on their order or on the machine: similarities are exact
-(`sage.similarity`), what differs by less than a millionth is a tie, and ties go by text.
+(`sage.similarity`), and those that are equal after rounding to millionths are ties, which go by text. (An approximate search finds
+fewer pairs, and which ones may depend on the machine.)
 
 Clustering looks at the edges of the threshold graph only (`sage.threshold_graph`, `sage_kernels.grouping`): memory grows with the
 prompts and the edges. Where far more pairs are alike than groups can use, edges are found in rounds, from the most alike down: a
-group that has reached the cap can change no more, so its prompts are left out of the next round. The outcome is the same.
+group that has reached the cap can change no more, so its prompts are left out of the next round, which begins anew with the others:
+their groups grow as they did, and further. The outcome is that of one round, if the search is exact.
 """
 
 from __future__ import annotations
@@ -61,11 +63,11 @@ class Groups:
     """What `find_groups` returns.
 
     Args:
-        groups: a partition of the inputs, in no particular order; a prompt without neighbour is a group of one.
+        groups: a partition of the inputs that could be grouped, in no particular order; a prompt without neighbour is a group of one.
         search: "exact" or "approximate".
-        recall: share of the pairs that reach the similarity which the search found: 1.0, or measured on a sample.
-        num_edges: pairs that were looked at by the clustering.
-        rounds: how often edges were searched.
+        recall: share of the pairs, among those asked for, that the search found: 1.0, or the least of all rounds' samples.
+        num_edges: pairs that the clustering was given, over all rounds; an approximate search may give one twice.
+        rounds: how often pairs were searched.
     """
 
     groups: list[Group]
@@ -76,8 +78,8 @@ class Groups:
 
 
 def group(
-    embeddings: np.ndarray, keys: Sequence[str], similarity: float = 0.6, max_size: int = 8, *, search: str = "auto",
-    device: str = "auto", progress: bool = False,
+    embeddings: np.ndarray, keys: Sequence[str], similarity: float = 0.6, max_group_size: int = 8, *, search: str = "exact",
+    device: str | torch.device = "auto", progress: bool = False,
 ) -> list[tuple[int, ...]]:  # fmt: skip
     """Part prompts into groups in which every two are at least `similarity` alike.
 
@@ -87,14 +89,14 @@ def group(
         embeddings: [n, d], n ≥ 1, any floating dtype; finite, no row all zero, of any length.
         keys: n texts, the prompts; they settle ties.
         similarity: least cosine similarity of any two members, in (−1, 1], compared to six decimals.
-        max_size: most members of a group, ≥ 1.
+        max_group_size: most members of a group, ≥ 1.
         search, device, progress: see `find_groups`.
 
     Returns:
         Groups as ascending input indices, a partition of all n, in the order of their first member. No two of them
-        could be joined within `similarity` and `max_size`, if the search was exact.
+        could be joined within `similarity` and `max_group_size`, if the search was exact.
     """
-    found = find_groups(embeddings, keys, similarity, max_size, search=search, device=device, progress=progress, op="group")
+    found = find_groups(embeddings, keys, similarity, max_group_size, search=search, device=device, progress=progress, op="group")
     return sorted(tuple(sorted(members)) for members, _ in found.groups)
 
 
@@ -102,9 +104,9 @@ def find_groups(
     embeddings: np.ndarray,
     keys: Sequence[str],
     similarity: float = 0.6,
-    max_size: int = 8,
+    max_group_size: int = 8,
     *,
-    search: str = "auto",
+    search: str = "exact",
     recall: float = 0.97,
     device: str | torch.device = "auto",
     progress: bool = False,
@@ -113,7 +115,7 @@ def find_groups(
     """`group`, with the way each group grew.
 
     Args:
-        embeddings, keys, similarity, max_size: those of `group`.
+        embeddings, keys, similarity, max_group_size: those of `group`.
         search: "exact": all pairs are looked at. "approximate": only likely ones (needs faiss); no pair below `similarity` gets
             into a group then either, but groups may be smaller than they could be, and may depend on the machine. "auto": exact
             up to 200,000 prompts, or 3 million on a GPU.
@@ -131,16 +133,17 @@ def find_groups(
         RuntimeError: so many pairs are alike that their edges would not fit in memory.
     """
     keys = texts(keys, f"{op}: keys")
-    least, max_size = in_millionths(similarity, f"{op}: similarity"), integer(max_size, f"{op}: max_size", 1)
-    recall = check_search(op, search, recall)
+    least, max_group_size = in_millionths(similarity, f"{op}: similarity"), integer(max_group_size, f"{op}: max_group_size", 1)
+    recall, device = check_search(op, search, recall), choose_device(op, device, len(keys))
+    max_group_size = min(max_group_size, len(keys))
     order = np.array(sorted(range(len(keys)), key=keys.__getitem__), dtype=np.int64)
     grid = on_grid(embeddings, f"{op}: embeddings", len(keys), order)
     _settle_ties(order, grid, keys)
-    return cluster(grid, order, least, max_size, search, recall, device, progress)
+    return cluster(grid, order, least, max_group_size, search, recall, device, progress)
 
 
 def cluster(
-    grid: np.ndarray, order: np.ndarray, least: int, max_size: int, search: str, recall: float, device: str | torch.device,
+    grid: np.ndarray, order: np.ndarray, least: int, max_group_size: int, search: str, recall: float, device: str | torch.device,
     progress: bool,
 ) -> Groups:  # fmt: skip
     """The groups of prompts in canonical order.
@@ -151,9 +154,9 @@ def cluster(
         least: similarity in millionths.
         The others: those of `find_groups`.
     """
-    device = _device(device, len(grid))
+    device = choose_device("cluster", device, len(grid))
     search = _search(search, len(grid), device)
-    clustering = _Clustering(Products(grid, device), max_size, search, recall, progress)
+    clustering = _Clustering(Products(grid, device), max_group_size, search, recall, progress)
     groups = _grown(order.tolist(), clustering.run(least))
     return Groups(groups, search, min(clustering.recalls, default=1.0), clustering.num_edges, clustering.rounds)
 
@@ -196,10 +199,15 @@ def _settle_ties(order: np.ndarray, grid: np.ndarray, keys: list[str]) -> None:
             first = end
 
 
-def _device(device: str | torch.device, count: int) -> torch.device:
-    if device != "auto":
-        return torch.device(device)
-    return torch.device("cuda" if count >= GPU_FROM and torch.cuda.is_available() else "cpu")
+def choose_device(op: str, device: str | torch.device, count: int) -> torch.device:
+    """The device that products of so many prompts are made on. Raises ValueError for one that torch cannot use."""
+    if device is None or device == "auto":
+        device = "cuda" if count >= GPU_FROM and torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(1, device=device).cpu()
+    except (RuntimeError, TypeError, AssertionError, NotImplementedError) as error:  # AssertionError: torch without CUDA
+        raise ValueError(f'{op}: device must be "auto" or one that torch can use here, got {device!r} ({error})') from error
+    return torch.device(device)
 
 
 def _search(search: str, count: int, device: torch.device) -> str:
@@ -225,23 +233,23 @@ class _Clustering:
         num_edges, rounds: so far.
     """
 
-    def __init__(self, products: Products, max_size: int, search: str, recall: float, progress: bool):
-        self.products, self.max_size, self.search, self.recall, self.progress = products, max_size, search, recall, progress
+    def __init__(self, products: Products, max_group_size: int, search: str, recall: float, progress: bool):
+        self.products, self.max_group_size, self.search, self.recall, self.progress = products, max_group_size, search, recall, progress
         self.recalls: list[float] = []
         self.num_edges = self.rounds = 0
 
     def run(self, least: int) -> list[tuple[int, int, int]]:
         """The merges, (kept, gone, similarity), those of each cluster in order."""
         count = len(self.products.grid)
-        if self.max_size == 1:
+        if self.max_group_size == 1:
             return []
-        merges = _equal_vectors(self.products.grid, self.max_size)
+        merges = _equal_vectors(self.products.grid, self.max_group_size)
         nodes = np.setdiff1d(np.arange(count, dtype=np.int32), [node for merge in merges for node in merge[:2]]).astype(np.int32)
         level = UNITS + 1
         while len(nodes) > 1 and level > least:
             level = self._next_level(nodes, least, level)
-            found = complete_linkage(count, self._edges(nodes, level), self.max_size).tolist()
-            full = None if level == least else _full(found, self.max_size)
+            found = complete_linkage(count, self._edges(nodes, level), self.max_group_size).tolist()
+            full = None if level == least else _full(found, self.max_group_size)
             merges += found if full is None else [merge for merge in found if merge[0] in full]
             nodes = nodes if full is None else np.setdiff1d(nodes, list(full)).astype(np.int32)
             self.rounds += 1
@@ -277,13 +285,13 @@ class _Clustering:
                 if edges > MOST_EDGES:
                     raise RuntimeError(
                         f"more than {MOST_EDGES:,} pairs of prompts are at least {least / UNITS} alike: too many to keep; ask for a "
-                        "higher similarity or a smaller max_size, or group parts of the prompts"
+                        "higher similarity or a smaller max_group_size, or group parts of the prompts"
                     )
         self.num_edges += edges
         return parts
 
 
-def _equal_vectors(grid: np.ndarray, max_size: int) -> list[tuple[int, int, int]]:
+def _equal_vectors(grid: np.ndarray, max_group_size: int) -> list[tuple[int, int, int]]:
     """Merges that fill whole groups with rows that are equal, in their order; what is left of them goes its way."""
     weights = np.random.default_rng(0).integers(1, 2**63, grid.shape[1], dtype=np.int64)
     digests = np.concatenate([grid[begin : begin + 4096].astype(np.int64) @ weights for begin in range(0, len(grid), 4096)])
@@ -291,24 +299,23 @@ def _equal_vectors(grid: np.ndarray, max_size: int) -> list[tuple[int, int, int]
     starts = np.flatnonzero(np.diff(digests[order], prepend=digests[order[0]] - 1))
     merges: list[tuple[int, int, int]] = []
     for begin, end in pairwise([*starts.tolist(), len(order)]):
-        if end - begin < max_size:
+        if end - begin < max_group_size:
             continue
         alike: dict[bytes, list[int]] = {}
         for node in order[begin:end].tolist():
             alike.setdefault(grid[node].tobytes(), []).append(node)
         for same in alike.values():
-            for first in range(0, len(same) - max_size + 1, max_size):
-                height = int(all_pairs(grid[same[first]][None])[0, 0])
-                merges += [(same[first], node, height) for node in same[first + 1 : first + max_size]]
+            for first in range(0, len(same) - max_group_size + 1, max_group_size):
+                merges += [(same[first], node, UNITS) for node in same[first + 1 : first + max_group_size]]
     return merges
 
 
-def _full(merges: list[list[int]], max_size: int) -> set[int]:
+def _full(merges: list[list[int]], max_group_size: int) -> set[int]:
     """The nodes of the clusters that have reached the cap."""
     members: dict[int, list[int]] = {}
     for kept, gone, _ in merges:
         members.setdefault(kept, [kept]).extend(members.pop(gone, [gone]))
-    return {node for nodes in members.values() if len(nodes) == max_size for node in nodes}
+    return {node for nodes in members.values() if len(nodes) == max_group_size for node in nodes}
 
 
 def _grown(names: list[int], merges: list) -> list[Group]:

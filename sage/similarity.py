@@ -1,16 +1,18 @@
 """Cosine similarities that depend on two vectors alone: not on order, tiles, threads or machine.
 
-Normalised vectors are rounded to whole multiples of 2⁻²⁵. Products of such vectors are integers below 2⁵¹ in units of 2⁻⁵⁰, which
-64 bits add exactly in any order. A similarity is that sum rounded once to millionths: what differs by less is a tie.
+Normalised vectors are rounded to whole multiples of 2⁻²⁵. Products of such vectors are integers below 2⁵¹, which 64 bits add exactly in
+any order. A similarity is the product over the lengths, rounded to millionths (`sage_kernels.grouping`): equal vectors have 1, and
+similarities that are equal after rounding are ties.
 """
 
 import tempfile
 from typing import Any
 
 import numpy as np
+import torch
 
 from sage.plan_checks import short, threshold
-from sage_kernels.grouping import GRID, UNITS, millionths
+from sage_kernels.grouping import GRID, UNITS, millionths, squares_of
 
 __all__ = ["similarity_matrix"]
 
@@ -34,9 +36,7 @@ def on_grid(embeddings: Any, name: str, num_rows: int | None = None, order: np.n
         TypeError: no numbers.
         ValueError: another shape; NaN, infinity or rows of zeros, which are named.
     """
-    rows = np.asarray(embeddings)
-    if rows.dtype.kind not in "fiu":
-        raise TypeError(f"{name} must be numbers, got dtype {rows.dtype}")
+    rows = as_numbers(embeddings, name)
     wanted = "[n, d]" if num_rows is None else f"[{num_rows}, d]"
     if rows.ndim != 2 or 0 in rows.shape or (num_rows is not None and len(rows) != num_rows):
         raise ValueError(f"{name} must be {wanted} with n ≥ 1 and d ≥ 1, one row per prompt, got {list(rows.shape)}")
@@ -61,6 +61,20 @@ def on_grid(embeddings: Any, name: str, num_rows: int | None = None, order: np.n
     return out
 
 
+def as_numbers(embeddings: Any, name: str) -> np.ndarray:
+    """Vectors as an array: of NumPy, torch or `sage.embed_prompts`, or lists of numbers. Raises TypeError for anything else."""
+    given = getattr(embeddings, "vectors", embeddings)
+    if torch.is_tensor(given):
+        given = given.detach().to("cpu", torch.promote_types(given.dtype, torch.float32)).numpy()
+    try:
+        rows = np.asarray(given)
+    except ValueError as error:
+        raise TypeError(f"{name} must be rows of equally many numbers, got {type(embeddings).__name__} ({error})") from None
+    if rows.dtype.kind not in "fiu":
+        raise TypeError(f"{name} must be numbers, got {type(embeddings).__name__} of dtype {rows.dtype}")
+    return rows
+
+
 def _room(rows: int, width: int) -> np.ndarray:
     """int32 [rows, width], to be written."""
     if rows * width * 4 <= IN_MEMORY:
@@ -76,10 +90,10 @@ def similarity_matrix(embeddings: np.ndarray) -> np.ndarray:
 
 def all_pairs(grid: np.ndarray) -> np.ndarray:
     """int32 [n, d] on the grid → int32 [n, n], similarities in millionths."""
-    rows = grid.astype(np.float64)  # whole numbers, and so are all partial sums below 2⁵³
+    squares, rows = squares_of(grid), grid.astype(np.float64)  # whole numbers, and so are all partial sums below 2⁵³
     similarities = np.empty((len(rows), len(rows)), dtype=np.int32)
     for first in range(0, len(rows), BLOCK):
-        similarities[first : first + BLOCK] = millionths(rows[first : first + BLOCK] @ rows.T)
+        similarities[first : first + BLOCK] = millionths(rows[first : first + BLOCK] @ rows.T, squares[first : first + BLOCK, None], squares)
     return similarities
 
 

@@ -35,6 +35,7 @@ _UNBUILT = {
     "nvcc": None,
     "cuda_archs": [],
     "cuda_reason": "no CUDA kernels were built",
+    "grouping_reason": None,
     "version": __version__,
 }
 # Devices each backend can run on; None: all.
@@ -43,9 +44,9 @@ _KINDS = {"reference": None, "cpu": ("cpu",), "cuda": ("cuda",), "triton": ("cud
 
 def build_info():
     """What the installation compiled: {"mode", "native", "reason", "mend", "torch", "compiler", "flags", "nvcc", "cuda_archs",
-    "cuda_reason", "version"}.
+    "cuda_reason", "grouping_reason", "version"}.
 
-    `native` lists the compiled backends, and "grouping" for the grouping core; `reason` says why it is empty, or is None; `mend` is the command which changes that;
+    `native` lists the compiled backends, and "grouping" for the grouping core (`grouping_reason`: why it failed, or None); `reason` says why it is empty, or is None; `mend` is the command which changes that;
     `cuda_reason` says why it has no CUDA kernels, or is None; `cuda_archs` are the GPU architectures of those it has.
     """
     return _UNBUILT | (json.loads(_INFO.read_text()) if _INFO.exists() else {})

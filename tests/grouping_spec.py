@@ -14,9 +14,11 @@ def on_grid(vectors: np.ndarray) -> np.ndarray:
 
 
 def similarities(vectors: np.ndarray) -> np.ndarray:
-    """[n, n] in millionths, from exact integer products."""
+    """[n, n] in millionths, from exact integer products over the vectors' lengths on the grid."""
     grid = on_grid(vectors)
-    return np.rint((grid @ grid.T) * (UNITS / GRID**2)).astype(np.int64)
+    products = grid @ grid.T
+    squares = products.diagonal().astype(np.float64)
+    return np.rint(products.astype(np.float64) * UNITS / np.sqrt(squares[:, None] * squares)).astype(np.int64)
 
 
 def merges(vectors: np.ndarray, keys: list[str], similarity: float, max_size: int) -> list[tuple[list[int], list[int], int]]:

@@ -1,6 +1,7 @@
 """The grouping core against the plain specification of tests/grouping_spec.py: any order, tiles, threads, rounds and build."""
 
 import random
+import time
 
 import grouping_spec as spec
 import numpy as np
@@ -12,9 +13,11 @@ from test_grouping import cases, random_vectors
 
 import sage.grouping
 import sage_kernels.grouping as core
+from sage.cells import cell_edges, find_cells
+from sage.embed import Embeddings
 from sage.grouping import find_groups, group
 from sage.similarity import all_pairs, on_grid
-from sage.threshold_graph import Products, exact_edges, similarity_counts
+from sage.threshold_graph import Bounds, Products, exact_edges, similarity_counts
 
 BUILT = pytest.mark.skipif(core.refusal is not None, reason=f"no compiled grouping core: {core.refusal}")
 
@@ -136,17 +139,72 @@ def test_pairs_within_the_rounding_of_a_float32_product_are_told_apart():
     assert 100 < len(with_base) < 400
 
 
-@pytest.mark.parametrize("precision", ["high", "medium"])
-def test_fast_matrix_products_lose_no_edge(precision):
-    vectors = clouds(400, 64, 20, 0.8)
-    wanted = edges_of(Products(on_grid(vectors, "v")), 600_000)
-    before = torch.get_float32_matmul_precision()
+class ShortFactors(Products):
+    """Products that keep `bits` bits of their factors, cut off, as tensor cores may."""
+
+    bits = 10
+
+    def tile(self, rows, cols):
+        return super().tile(self.cut(rows), self.cut(cols))
+
+    def cut(self, x):
+        return (x.contiguous().view(torch.int32) >> (23 - self.bits) << (23 - self.bits)).view(torch.float32)
+
+
+@pytest.mark.parametrize("bits", [10, 7])
+def test_matrix_products_of_short_factors_lose_no_edge(bits, monkeypatch):
+    monkeypatch.setattr(ShortFactors, "bits", bits)
+    grid = on_grid(clouds(1500, 40, 60, 0.8), "v")
+    products = ShortFactors(grid)
+    assert products.factor_bits == bits and Products(grid).factor_bits == 22
+    wanted = edges_of(Products(grid), 600_000)
+    assert edges_of(products, 600_000) == wanted
+    monkeypatch.setattr(ShortFactors, "floor", Products(grid).floor)
+    assert edges_of(products, 600_000) != wanted  # the allowance is what keeps them
+
+
+def test_products_that_keep_too_little_are_refused(monkeypatch):
+    monkeypatch.setattr(ShortFactors, "bits", 4)
+    with pytest.raises(RuntimeError, match="keep less than 7 bits"):
+        ShortFactors(on_grid(np.eye(4), "v"))
+
+
+@pytest.mark.parametrize("width", [1, 8, 32, 64])
+@pytest.mark.parametrize("spread", [0.3, 0.9])
+def test_short_rows_bound_the_similarity(width, spread, monkeypatch):
+    """Whatever width is chosen: vectors along few directions, and such whose rest is most of them."""
+    vectors = clouds(1600, 80, 12, spread)
+    grid = on_grid(vectors, "v")
+    monkeypatch.setattr("sage.threshold_graph._best_width", lambda products, nodes, directions, least: width)
+    products, nodes = Products(grid), np.arange(1600, dtype=np.int32)
+    bounds = Bounds(products, nodes, 500_000)
+    assert bounds.rows.shape == (1600, width + 1)
+    tile, alike = products.tile(bounds.rows, bounds.rows).double().numpy(), all_pairs(grid) / 1e6
+    assert (tile > alike - 3e-6).all()
+    rows, cols = np.nonzero(np.triu(alike >= 0.5, 1))
+    assert {(row, col) for row, col, _ in edges_of(products, 500_000)} == set(zip(rows.tolist(), cols.tolist(), strict=True))
+    bounds.rows[:, -1] = 0
+    without_rest = products.tile(bounds.rows, bounds.rows).double().numpy()
+    assert width > 8 or ((without_rest < 0.49) & (alike > 0.5)).any()  # it is the rest that makes it a bound
+
+
+def test_the_default_dtype_and_precision_settings_of_torch_do_not_matter():
+    vectors, keys = clouds(300, 16, 9, 0.8), [f"{i:03}" for i in range(300)]
+    wanted = find_groups(vectors, keys, 0.6, 5)
+    before = torch.get_default_dtype()
     try:
-        torch.set_float32_matmul_precision(precision)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            assert edges_of(Products(on_grid(vectors, "v")), 600_000) == wanted
+        torch.set_default_dtype(torch.float64)
+        assert find_groups(vectors, keys, 0.6, 5) == wanted
     finally:
-        torch.set_float32_matmul_precision(before)
+        torch.set_default_dtype(before)
+
+
+def test_equal_vectors_are_wholly_alike_in_any_number_of_dimensions():
+    for width in (1, 3, 1000, 3015):
+        vectors = np.ones((3, width))
+        assert (all_pairs(on_grid(vectors, "v")) == 1_000_000).all()
+        assert group(vectors, list("abc"), 1.0, 4) == [(0, 1, 2)]
+        assert group(vectors, list("abc"), 1.0, 2) == [(0, 1), (2,)]
 
 
 def test_counts_of_a_sample_tell_how_many_edges_there_are():
@@ -187,14 +245,19 @@ def test_linkage_refuses_what_is_no_graph(engine, edges, message):
 
 def test_core_refuses_arrays_that_do_not_fit(engine):
     grid, tile, rows = np.ones((4, 2), np.int32), np.ones((2, 4), np.float32), np.arange(2)
+    squares = core.squares_of(grid)
     with pytest.raises(ValueError, match=r"tile must be float32 \[2, 3\]"):
-        core.tile_pairs(tile, grid, rows, np.arange(3), 0.0, 0)
-    with pytest.raises(ValueError, match="col_numbers must be indices .m. below 4"):
-        core.tile_pairs(tile, grid, rows, np.arange(1, 5), 0.0, 0)
+        core.tile_pairs(tile, grid, squares, rows, np.arange(3), 0.0, 0)
+    with pytest.raises(ValueError, match="col_numbers must be indices .m. below 4, got 1 to 4"):
+        core.tile_pairs(tile, grid, squares, rows, np.arange(1, 5), 0.0, 0)
     with pytest.raises(ValueError, match="grid must be int32"):
-        core.similarities(grid.astype(float), rows, rows)
+        core.similarities(grid.astype(float), squares, rows, rows)
     with pytest.raises(ValueError, match="equally many, got 2 and 1"):
-        core.similarities(grid, rows, rows[:1])
+        core.similarities(grid, squares, rows, rows[:1])
+    with pytest.raises(ValueError, match=r"squares must be int64 \[4\], got int64 \[3\]"):
+        core.similarities(grid, squares[:3], rows, rows)
+    with pytest.raises(ValueError, match="rows must be indices .m. below 4, got 0 to 4294967297"):
+        core.similarities(grid, squares, np.array([0, 2**32 + 1]), rows)
     with pytest.raises(ValueError, match="max_size must be at least 1, got 0"):
         core.complete_linkage(3, [], 0)
 
@@ -208,12 +271,50 @@ def test_approximate_search_keeps_the_bound_and_says_its_recall():
     assert exact.search == "exact" and exact.recall == 1.0
     assert found.search == "approximate" and 0.85 < found.recall <= 1
     nodes, products = np.arange(6000, dtype=np.int32), Products(on_grid(vectors, "v"))
-    real = sum(len(part) for part in exact_edges(products, nodes, 600_000))
-    assert 0.8 * real < found.num_edges <= 2 * real  # a pair may be found from both ends
+    cells = find_cells(products, nodes, 600_000, 0.9)
+    pairs = {tuple(edge) for part in cell_edges(products, nodes, cells, 600_000) for edge in part.tolist()}
+    real = edges_of(products, 600_000)
+    assert pairs <= real and abs(len(pairs) / len(real) - cells.recall) < 0.04 and len(pairs) >= 0.87 * len(real)
     alike = all_pairs(products.grid)
     assert sorted(member for members, _ in found.groups for member in members) == list(range(6000))
     assert all(alike[np.ix_(members, members)].min() >= 600_000 for members, _ in found.groups)
     assert len(found.groups) < 1.1 * len(exact.groups)
+
+
+@pytest.mark.parametrize("device", ["foo", "meta", 3.5])
+def test_devices_that_torch_cannot_use_are_named(device):
+    with pytest.raises(ValueError, match='find_groups: device must be "auto" or one that torch can use here'):
+        find_groups(np.eye(3), list("abc"), device=device)
+
+
+def test_vectors_may_be_tensors_lists_or_embeddings():
+    vectors = clouds(40, 8, 5, 0.5)
+    wanted = group(vectors, keys_of(vectors))
+    tensor = torch.from_numpy(vectors).requires_grad_()
+    for given in (tensor, vectors.tolist(), Embeddings(vectors, "hand", np.zeros(40, bool))):
+        assert group(given, keys_of(vectors)) == wanted
+    assert group(tensor.to(torch.bfloat16), keys_of(vectors)) == group(tensor.to(torch.bfloat16).float(), keys_of(vectors))
+    for given in ([[1.0, 2.0], [3.0]], ["ab", "cd"], None):
+        with pytest.raises(TypeError, match="group: embeddings must be"):
+            group(given, ["a", "b"])
+
+
+def test_many_near_equal_vectors_do_not_take_cubic_time():
+    """All pairs tie: whenever a group is full, every row has lost its best."""
+    rng, times = np.random.default_rng(0), []
+    for count in (750, 3000):
+        vectors = np.ones((count, 8)) + 1e-4 * rng.standard_normal((count, 8))
+        edges = next(iter(exact_edges(Products(on_grid(vectors, "v"), tile=(count, count)), np.arange(count, dtype=np.int32), 500_000)))
+        start = time.perf_counter()
+        merges = core.complete_linkage(count, [edges], 2)
+        times.append(time.perf_counter() - start)
+        assert len(merges) == count // 2
+    assert core.refusal is not None or times[1] < 40 * times[0] + 0.2  # 16 times the pairs, 64 times the triples
+
+
+def test_a_core_of_other_sources_is_not_used(monkeypatch):
+    monkeypatch.setattr(core, "INTERFACE", -1)
+    assert core._load() == (None, "sage_kernels._grouping was built from other sources than these; build again") or core.refusal
 
 
 def test_search_is_chosen_and_refused(monkeypatch):
@@ -225,7 +326,7 @@ def test_search_is_chosen_and_refused(monkeypatch):
     monkeypatch.setattr(sage.grouping, "EXACT_MOST", {"cpu": 3})
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.warns(UserWarning, match=r"comparing all pairs of 4 prompts.*sage-diffusion\[grouping\]"):
-        assert find_groups(vectors, keys).search == "exact"
+        assert find_groups(vectors, keys, search="auto").search == "exact"
     monkeypatch.setitem(__import__("sys").modules, "faiss", None)
     with pytest.raises(ModuleNotFoundError, match=r'search="approximate" needs faiss.*sage-diffusion\[grouping\]'):
         find_groups(clouds(600, 8, 9, 0.5), [str(i) for i in range(600)], search="approximate")

@@ -101,6 +101,17 @@ def test_auto_with_a_failing_compilation_is_pure_python_and_keeps_the_reason(tre
     assert not [n for n in names if n.endswith(".so")]
 
 
+def test_auto_with_a_failing_grouping_core_keeps_the_kernels(tree):
+    (tree / "csrc" / "grouping" / "module.cpp").write_text("#error broken on purpose\n")
+    run = build(tree, "auto")
+    assert run.returncode == 0, run.stderr
+    facts, names = record(the_wheel(tree / "dist"))
+    assert facts["native"][:1] == ["cpu"] and "grouping" not in facts["native"] and facts["reason"] is None
+    assert facts["grouping_reason"].startswith("compiling it failed") and "no grouping core" in run.stderr
+    assert [n for n in names if n.endswith(".so")] == ["sage_kernels/_C.abi3.so"]
+    assert build(tree, "cpu").returncode != 0
+
+
 def test_auto_with_a_compiler_that_does_not_run_is_pure_python(tree):
     run = build(tree, "auto", CXX="false")
     assert run.returncode == 0, run.stderr

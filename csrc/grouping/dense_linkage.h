@@ -1,4 +1,5 @@
-// `SparseLinkage` for graphs with so many edges that a matrix of all pairs is smaller than lists of neighbours: the same merges.
+// `SparseLinkage` for graphs with so many edges that a matrix of all pairs is smaller than lists of neighbours: the same merges, in
+// O(n^2) memory and, unless most rows lose their best again and again, O(n^2) time.
 #pragma once
 
 #include <algorithm>
@@ -52,6 +53,13 @@ class DenseLinkage {
   // The most similar cluster of i, the first among equals.
   void look(int32_t i) {
     const int32_t* row = &at(i, 0);
+    if (best_[i] != DEAD) {  // similarities only fall: those before the former one are lower still, those after may be equal
+      const int32_t* next = std::find(row + nearest_[i], row + n_, best_[i]);
+      if (next != row + n_) {
+        nearest_[i] = static_cast<int32_t>(next - row);
+        return;
+      }
+    }
     nearest_[i] = static_cast<int32_t>(std::max_element(row, row + n_) - row);
     best_[i] = row[nearest_[i]];
   }

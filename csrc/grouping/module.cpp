@@ -29,27 +29,31 @@ Array<int32_t> triples(const std::vector<T>& rows) {
   return out;
 }
 
-Array<int32_t> py_tile_pairs(const Array<float>& tile, const Array<int32_t>& grid, const Array<int32_t>& row_numbers,
-                             const Array<int32_t>& col_numbers, float floor, int32_t least, bool ordered,
-                             int64_t threads) {
+Grid grid_of(const Array<int32_t>& grid, const Array<int64_t>& squares) { return {grid.data(), squares.data(), grid.shape(1)}; }
+
+Array<int32_t> py_tile_pairs(const Array<float>& tile, const Array<int32_t>& grid, const Array<int64_t>& squares,
+                             const Array<int32_t>& row_numbers, const Array<int32_t>& col_numbers, float floor, int32_t least,
+                             bool ordered, int64_t threads) {
   const Tile view{tile.data(), tile.shape(0), tile.shape(1), tile.shape(1), row_numbers.data(), col_numbers.data()};
+  const Grid rows = grid_of(grid, squares);
   std::vector<Pair> pairs;
   {
     py::gil_scoped_release release;
-    pairs = tile_pairs(view, grid.data(), grid.shape(1), floor, least, ordered, threads);
+    pairs = tile_pairs(view, rows, floor, least, ordered, threads);
   }
   return triples(pairs);
 }
 
-Array<int32_t> py_similarities(const Array<int32_t>& grid, const Array<int32_t>& rows, const Array<int32_t>& cols, int64_t threads) {
+Array<int32_t> py_similarities(const Array<int32_t>& grid, const Array<int64_t>& squares, const Array<int32_t>& rows,
+                               const Array<int32_t>& cols, int64_t threads) {
+  const Grid given = grid_of(grid, squares);
   Array<int32_t> out(rows.size());
   int32_t* result = out.mutable_data();
   {
     py::gil_scoped_release release;
-    const int64_t width = grid.shape(1);
-    const int32_t *values = grid.data(), *a = rows.data(), *b = cols.data();
+    const int32_t *a = rows.data(), *b = cols.data();
     in_threads(rows.size(), threads, [&](int64_t first, int64_t end, int64_t) {
-      for (int64_t k = first; k < end; ++k) result[k] = millionths(product(values + a[k] * width, values + b[k] * width, width));
+      for (int64_t k = first; k < end; ++k) result[k] = given.similarity(a[k], b[k]);
     });
   }
   return out;
@@ -85,11 +89,12 @@ Array<double> py_split_prices(const Array<int32_t>& parents, const Array<double>
 }  // namespace
 
 PYBIND11_MODULE(_grouping, module) {
+  module.attr("interface") = 1;  // what sage_kernels/grouping.py asks for
   module.doc() = "Grouping core; see sage_kernels.grouping.";
-  module.def("tile_pairs", &py_tile_pairs, py::arg("tile").noconvert(), py::arg("grid").noconvert(),
+  module.def("tile_pairs", &py_tile_pairs, py::arg("tile").noconvert(), py::arg("grid").noconvert(), py::arg("squares").noconvert(),
              py::arg("row_numbers").noconvert(), py::arg("col_numbers").noconvert(), py::arg("floor"), py::arg("least"),
              py::arg("ordered"), py::arg("threads"));
-  module.def("similarities", &py_similarities, py::arg("grid").noconvert(), py::arg("rows").noconvert(), py::arg("cols").noconvert(),
+  module.def("similarities", &py_similarities, py::arg("grid").noconvert(), py::arg("squares").noconvert(), py::arg("rows").noconvert(), py::arg("cols").noconvert(),
              py::arg("threads"));
   module.def("complete_linkage", &py_complete_linkage, py::arg("num_nodes"), py::arg("parts").noconvert(), py::arg("max_size"));
   module.def("split_prices", &py_split_prices, py::arg("parents").noconvert(), py::arg("gains").noconvert());

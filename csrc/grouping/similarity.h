@@ -1,18 +1,20 @@
 // Exact cosine similarities of vectors on a grid, and the pairs of a tile that reach a threshold.
 //
-// A vector is a row of int32, a unit vector in multiples of 2^-25. The product of two rows is an integer below 2^51 in units of
-// 2^-50, summed exactly in 64 bits; a similarity is that sum in millionths, rounded once, ties to even. It depends on the two rows
-// alone: not on the tile they were found in, not on threads, not on the instructions that the compiler chose.
+// A vector is a row of int32, a unit vector in multiples of 2^-25. The product of two rows is an integer below 2^51, summed exactly in
+// 64 bits. A similarity is that product over the root of the product of both rows' squares, in millionths, ties to even: three
+// operations in double, so equal rows have a similarity of a million. It depends on the two rows alone: not on the tile they were found
+// in, not on threads, not on the instructions that the compiler chose.
 #pragma once
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <exception>
+#include <system_error>
 #include <thread>
 #include <vector>
 
-#if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__) && defined(__linux__)
+#if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__) && defined(__GLIBC__)
 #define SAGE_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
 #else
 #define SAGE_CLONES
@@ -30,9 +32,17 @@ SAGE_CLONES static inline int64_t product(const int32_t* a, const int32_t* b, in
   return sum;
 }
 
-inline int32_t millionths(int64_t product) {
-  return static_cast<int32_t>(std::nearbyint(static_cast<double>(product) * (1e6 / 0x1p50)));
-}
+// Rows of a grid, [n, width], and the product of each with itself.
+struct Grid {
+  const int32_t* values;
+  const int64_t* squares;
+  int64_t width;
+
+  int32_t similarity(int64_t a, int64_t b) const {  // in millionths
+    const double both = static_cast<double>(product(values + a * width, values + b * width, width));
+    return static_cast<int32_t>(std::nearbyint(both * 1e6 / std::sqrt(static_cast<double>(squares[a]) * static_cast<double>(squares[b]))));
+  }
+};
 
 // Whether any of `count` values reaches `floor`. Written for the vectoriser: most stretches of a tile hold no pair.
 SAGE_CLONES static inline bool any_reaches(const float* values, int64_t count, float floor) {
@@ -41,7 +51,8 @@ SAGE_CLONES static inline bool any_reaches(const float* values, int64_t count, f
   return found != 0;
 }
 
-// Calls part(first, end, number) on stretches of [0, count), one thread each. An exception of a part is thrown after all have ended.
+// Calls part(first, end, number) on stretches of [0, count), one thread each if the system has as many; returns when all have ended,
+// and throws what a part threw.
 template <class Part>
 void in_threads(int64_t count, int64_t threads, const Part& part) {
   threads = std::max<int64_t>(1, std::min(threads, count));
@@ -54,7 +65,14 @@ void in_threads(int64_t count, int64_t threads, const Part& part) {
     }
   };
   std::vector<std::thread> others;
-  for (int64_t t = 1; t < threads; ++t) others.emplace_back(run, t);
+  others.reserve(threads);
+  for (int64_t t = 1; t < threads; ++t) {
+    try {
+      others.emplace_back(run, t);
+    } catch (const std::system_error&) {
+      run(t);
+    }
+  }
   run(0);
   for (auto& other : others) other.join();
   for (auto& error : errors)
@@ -72,10 +90,9 @@ struct Tile {
 // The pairs of a tile that reach `least`, row by row; in each the smaller number is `row`.
 //
 // floor: a value below it stands for a similarity below `least` for sure. What is above is computed again, exactly.
-// grid: [n, width]. A tile may hold a row against itself, which is no pair.
+// A tile may hold a row against itself, which is no pair.
 // ordered: take pairs whose col number is above their row number only (where another tile, or this one, has them the other way).
-inline std::vector<Pair> tile_pairs(const Tile& tile, const int32_t* grid, int64_t width, float floor, int32_t least,
-                                    bool ordered, int64_t threads) {
+inline std::vector<Pair> tile_pairs(const Tile& tile, const Grid& grid, float floor, int32_t least, bool ordered, int64_t threads) {
   constexpr int64_t STRETCH = 64;
   std::vector<std::vector<Pair>> found(std::max<int64_t>(1, threads));
   in_threads(tile.rows, threads, [&](int64_t first, int64_t end, int64_t thread) {
@@ -89,7 +106,7 @@ inline std::vector<Pair> tile_pairs(const Tile& tile, const int32_t* grid, int64
         for (int64_t c = begin; c < stop; ++c) {
           const int32_t col = tile.col_numbers[c];
           if (!(values[c] >= floor) || col == row || (ordered && col < row)) continue;
-          const int32_t similarity = millionths(product(grid + row * width, grid + col * width, width));
+          const int32_t similarity = grid.similarity(row, col);
           if (similarity >= least) pairs.push_back({std::min(row, col), std::max(row, col), similarity});
         }
       }
