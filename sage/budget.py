@@ -2,7 +2,7 @@
 
 Splitting a node of a group's dendrogram at one denoiser call costs one row more, whatever its size, and gains what its pictures
 then lose less by the table of `sage.loss`. A node is split only where its parent is, and from then on to the last call. For every
-price of a row there is one best set of such splits, and that of a lower price holds that of a higher: `sage.prices` gives for each
+price of a row there is one best set of such splits, and that of a lower price holds that of a higher: `sage_kernels.prices` gives for each
 split the price from which on it is not worth its row. Plans are beginnings of the list of all splits, most precious first. So a
 larger budget never takes from any picture, and every budget is met to the row.
 
@@ -15,16 +15,17 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from sage.embed import Embeddings
-from sage.grouping import Groups, similarity_matrix
+from sage.grouping import Groups
 from sage.loss import LossTable
 from sage.plan import SharingPlan
 from sage.plan_checks import fraction, integer
+from sage.similarity import similarity_matrix
 from sage.splits import Forest, Splits
-from sage.trees import Request, Trees
+from sage.trees import PlanRequest, Trees
 
 __all__ = ["PRESETS", "budget_plan", "expected_loss"]
 
-# Prices, in the unit of the table that ships. With "balanced", PartiPrompts lose what they do in flat groups at a share of 0.4.
+# Prices, in the unit of the table that ships; each is about three times the one before it.
 PRESETS = {"high": 0.0024, "balanced": 0.0072, "fast": 0.022}
 
 
@@ -44,7 +45,7 @@ def budget_plan(
     seeds: Sequence[int] | None = None,
     alone: Sequence[bool] | None = None,
     encoder_name: str = "",
-    search: str = "auto",
+    search: str = "exact",
     on_groups: Callable[[Groups], None] | None = None,
 ) -> SharingPlan:
     """The plan that is expected to lose least at a given cost, price or loss: exactly one of the three is given.
@@ -77,9 +78,9 @@ def budget_plan(
     if loss is not None and not isinstance(loss, LossTable):
         raise TypeError(f"budget_plan: loss must be a sage.loss.LossTable or None, got {type(loss).__name__}")
     shared_calls = min(math.floor(fraction(most, "budget_plan: most") * num_calls + 0.5), num_calls - 1)
-    request = Request("budget_plan", prompts, embeddings, images_per_prompt, seeds, alone, encoder_name)
-    groups = request.grouped(similarity, max_group_size, search, on_groups)
-    forest = Forest(Trees(request), groups, request.images)
+    request = PlanRequest("budget_plan", prompts, embeddings, similarity, max_group_size, images_per_prompt, seeds, alone, encoder_name,
+                          search, on_groups)
+    forest = Forest(Trees(request), request.groups, request.images)
     splits = Splits(forest, loss or LossTable.default(), num_calls, shared_calls)
     if aim == "budget":
         options = f"similarity={similarity:g}, max_group_size={max_group_size}, most={most:g}"
@@ -89,12 +90,12 @@ def budget_plan(
     else:
         count = splits.losing_at_most(value * len(request.leaves))
     untils = splits.shared(count) / num_calls
-    return SharingPlan.tree(request.leaves, [*forest.roots(untils)], encoder=request.encoder_name, similarity=similarity)
+    return request.plan(forest.roots(untils))
 
 
 def expected_loss(
     plan: SharingPlan,
-    vectors: "np.ndarray | Embeddings",
+    embeddings: "np.ndarray | Embeddings",
     loss: LossTable | None = None,
     num_calls: int = 20,
     images_per_prompt: int = 1,
@@ -103,7 +104,7 @@ def expected_loss(
 
     Args:
         plan: any plan over the images of n prompts, in their order.
-        vectors: [n, d], the embeddings that the loss table's similarities are of, one row per prompt.
+        embeddings: [n, d], those that the loss table's similarities are of, one row per prompt; or `Embeddings`.
         loss: the table; None: `LossTable.default()`.
         num_calls: S; the plan is resolved for so many calls.
         images_per_prompt: leaf i is of prompt i // images_per_prompt.
@@ -111,10 +112,10 @@ def expected_loss(
     Returns:
         float64 [B]; 0 for pictures that share with nobody. The similarity of a node is that of its least similar pair.
     """
-    vectors = np.asarray(vectors.vectors if isinstance(vectors, Embeddings) else vectors)
+    vectors = np.asarray(embeddings.vectors if isinstance(embeddings, Embeddings) else embeddings)
     images = integer(images_per_prompt, "expected_loss: images_per_prompt", 1)
     if vectors.ndim != 2 or len(vectors) * images != len(plan.leaves):
-        raise ValueError(f"expected_loss: vectors must be [n, d] with n · images_per_prompt = {len(plan.leaves)}, the leaves of the "
+        raise ValueError(f"expected_loss: embeddings must be [n, d] with n · images_per_prompt = {len(plan.leaves)}, the leaves of the "
                          f"plan, got {list(vectors.shape)} and images_per_prompt={images}")
     running = [interval for interval in plan.intervals(num_calls) if len(interval[2].members) > 1]
     found = np.zeros(len(plan.leaves))

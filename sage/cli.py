@@ -38,7 +38,7 @@ GROUPING_OPTIONS = (
     click.option("--cache", metavar="FOLDER", help="Where vectors are kept for the next time. Default: see `sage cache`."),
     click.option("--no-cache", is_flag=True, help="Neither read nor keep vectors."),
     click.option("--search", default="auto", show_default=True, type=click.Choice(["auto", "exact", "approximate"]),
-                 help="Compare all pairs, or for very many prompts likely ones only."),
+                 help="Compare all pairs, or likely ones only; auto: by the number of prompts and the machine."),
     click.option("--model", metavar="ID|FOLDER", help="A diffusers model in safetensors. Default: the embedded emoji model."),
     click.option("--device", help="cpu, cuda, cuda:1 … Default: a GPU when there is one."),
     click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Default: float16 on GPUs."),
@@ -160,8 +160,10 @@ def plan(debug, prompts, steps, model, device, dtype, rate, fail_below, as_json,
         if fail_below is not None and not -1 <= fail_below <= 1:
             raise InputError(f"--fail-below must be a fraction of the rows such as 0.1, got {fail_below:g}.")
         grouping = Grouping.from_options(**options)
+        written = {"--out": out, "--html": html, "--plot": plot, "--save-embeddings": save_embeddings}
         for file, endings in ((out, ()), (html, ()), (plot, PLOTS), (save_embeddings, VECTORS)):
             _check_file(file, endings)
+        _check_apart(written, {"PROMPTS": prompts, "--embeddings": grouping.embeddings, "--loss": grouping.loss, "--rate": rate})
         outputs = Outputs(plan=out, plot=plot, html=html, embeddings=save_embeddings)
         pipe_options = {"model": model, "device": device, "dtype": dtype}
         summary, made = plan_prompts_of(prompts, grouping, steps, rate, outputs, pipe_options, _say, sys.stderr.isatty())
@@ -257,6 +259,15 @@ def _clean_errors(debug: bool):
         hint = "" if wrong_input or debug else "\nRun `sage --debug …` to see where."
         click.echo(f"Error: {prefix}{text}{hint}", err=True)
         sys.exit(EXIT_INPUT if wrong_input else EXIT_FAILURE)
+
+
+def _check_apart(written: dict[str, str | None], read: dict[str, str | None]) -> None:
+    """Refuse to write a file over one that is read, or two into one."""
+    named = {name: Path(file).resolve() for name, file in {**read, **written}.items() if file not in (None, "-")}
+    for name, file in named.items():
+        other = next((other for other in named if other != name and named[other] == file), None)
+        if name in written and other is not None:
+            raise InputError(f"{name} {written[name]}: {other} is the same file; give another name.")
 
 
 def _check_file(file: str | None, endings: tuple[str, ...] = ()) -> None:

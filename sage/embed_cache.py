@@ -17,6 +17,7 @@ import hashlib
 import os
 import re
 import sqlite3
+import sys
 import warnings
 import zlib
 from collections.abc import Callable, Sequence
@@ -35,6 +36,7 @@ TABLES = (
     "CREATE TABLE vectors (id INTEGER PRIMARY KEY, key BLOB, vector BLOB, flags INTEGER, crc INTEGER)",
 )
 FILE_NAME = re.compile(r"[0-9a-f]{64}\.sqlite(-journal)?")
+PACKAGE = Path(__file__).parent
 PATIENCE = 60.0  # seconds to wait for another process that writes
 AT_ONCE = 500  # ids in one query; SQLite takes 999 or more
 UNKNOWN, CUT = 1, 2  # bits of flags
@@ -292,4 +294,8 @@ def _checksum(*values: Any) -> int:
 
 
 def _warn(what: str) -> None:
-    warnings.warn(f"embedding cache: {what}", stacklevel=2)
+    """A warning that points at the line that called into this package."""
+    frame, level = sys._getframe(1), 2  # of who called this function
+    while frame.f_back is not None and Path(frame.f_code.co_filename).is_relative_to(PACKAGE):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(f"embedding cache: {what}", stacklevel=level)

@@ -7,9 +7,6 @@
 Nothing in these files is run: pickled objects are refused.
 """
 
-import contextlib
-import hashlib
-import os
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,6 +15,8 @@ from typing import Any
 import numpy as np
 
 from sage.embed import Embeddings
+from sage.encoder_identity import file_sha256
+from sage.output import whole_or_nothing
 from sage.plan_checks import short, texts
 
 __all__ = ["load_embeddings", "save_embeddings"]
@@ -55,7 +54,7 @@ def load_embeddings(path: str | Path, prompts: Sequence[str]) -> Embeddings:
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "does not exist"
         raise FileNotFoundError(f"{where} {what}; give a .npy or .parquet file")
-    name = f"file {path.name}, sha256 {_sha256(path)[:12]}"
+    name = f"file {path.name}, sha256 {file_sha256(path)[:12]}"
     if path.suffix.lower() == ".npy":
         return Embeddings(_unit_rows(_mapped(path, where, len(prompts)), where, prompts), name, np.zeros(len(prompts), dtype=bool))
     distinct = sorted(set(prompts))
@@ -96,14 +95,14 @@ def save_embeddings(path: str | Path, prompts: Sequence[str], embeddings: "Embed
         if unknown.any():
             warnings.warn(f"save_embeddings: {unknown.sum()} of {len(prompts)} prompts are unknown to the encoder, which a .npy "
                           "file cannot say: they will be grouped; save a .parquet file instead", stacklevel=2)
-        with _whole_or_nothing(path) as temporary, open(temporary, "wb") as file:
+        with whole_or_nothing(path) as temporary, open(temporary, "wb") as file:
             np.save(file, vectors, allow_pickle=False)
         return
     pyarrow = _pyarrow("save_embeddings")
     flat = pyarrow.array(vectors.reshape(-1))
     columns = {"prompt": pyarrow.array(prompts), "unknown": pyarrow.array(unknown),
                "embedding": pyarrow.FixedSizeListArray.from_arrays(flat, vectors.shape[1])}
-    with _whole_or_nothing(path) as temporary:
+    with whole_or_nothing(path) as temporary:
         pyarrow.parquet.write_table(pyarrow.table(columns), temporary)
 
 
@@ -234,25 +233,3 @@ def _pyarrow(op: str) -> Any:
     except ImportError as error:
         raise ModuleNotFoundError(f"{op}: a .parquet file {PYARROW}") from error
     return pyarrow
-
-
-def _sha256(path: Path) -> str:
-    whole = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            whole.update(block)
-    return whole.hexdigest()
-
-
-@contextlib.contextmanager
-def _whole_or_nothing(path: Path) -> Iterator[Path]:
-    """A place to write to, moved over `path` once all is written and on disk."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise

@@ -58,8 +58,8 @@ def embed_file(
 
     Raises:
         InputError: what is wrong with the prompt file.
-        ValueError: `out` is no .npy name, or what is there was made from something else (the message says from what), or
-            the encoder cannot be told from others, so that a run could not go on safely.
+        ValueError: `out` is no .npy name or would replace the prompts, or what is there was made from something else (the message
+            says from what), or the encoder cannot be told from others, so that a run could not go on safely.
         OSError: a file cannot be written, as on a full disk.
         Other errors of `embed_prompts`.
     """
@@ -71,6 +71,9 @@ def embed_file(
         with PromptFile(prompts) as opened:
             return embed_file(opened, out, encoder, pipe, batch_size=batch_size, chunk=chunk, progress=progress, device=device,
                               resume=resume)
+    if prompts.path.resolve() in [file.resolve() for file in files_of(out)]:
+        raise ValueError(f"embed_file: out must not name the file of the prompts, which would be replaced, got {str(out)!r} for "
+                         f"{prompts.source}")
     source = find(encoder, pipe, device)
     try:
         identity = source.identity()
@@ -95,6 +98,12 @@ def embed_file(
     return found
 
 
+def files_of(out: Path) -> tuple[Path, ...]:
+    """All files that embedding into `out` makes or replaces; see the module docstring."""
+    unknown = out.with_suffix(".unknown.npy")
+    return out, unknown, out.with_suffix(".embedding.json"), _part(out), _part(unknown)
+
+
 class _Files:
     """The files of a run, see the module docstring.
 
@@ -109,7 +118,7 @@ class _Files:
     """
 
     def __init__(self, out: Path, made_from: dict):
-        self.out, self.unknown, self.record = out, out.with_suffix(".unknown.npy"), out.with_suffix(".embedding.json")
+        self.out, self.unknown, self.record, *_ = files_of(out)
         self.made_from, self.done, self.cut, self.complete = made_from, 0, 0, False
 
     def take_up(self) -> None:
@@ -131,6 +140,9 @@ class _Files:
         if others:
             changes = ", ".join(f"{key} {made_from.get(key)!r:.20} instead of {self.made_from[key]!r:.20}" for key in others)
             raise ValueError(f"embed_file: {self.out} was begun with {changes}; give another out, or start anew with resume=False")
+        if not 0 <= self.done <= self.made_from["rows"] or self.cut < 0:
+            raise ValueError(f"embed_file: {self.record} is no record of a run (done {self.done}, cut {self.cut}); start anew with "
+                             "resume=False")
         lost = [file.name for file in (self.out, self.unknown) if not (file if self.complete else self._latest(file)).exists()]
         if lost and self.done:
             raise ValueError(f"embed_file: {self.record} says that {self.done} rows are done, but {lost[0]} is gone; start anew with "
@@ -138,7 +150,7 @@ class _Files:
 
     def remove(self) -> None:
         """What earlier runs left."""
-        for file in (self.record, self.out, self.unknown, _part(self.out), _part(self.unknown)):
+        for file in files_of(self.out):
             file.unlink(missing_ok=True)
 
     def create(self, dimension: int) -> tuple[np.memmap, np.memmap]:

@@ -8,25 +8,35 @@ memory, as they may have been changed since they were read.
 import hashlib
 import json
 import tempfile
-import weakref
 from pathlib import Path
 from typing import Any
 
-__all__ = ["FORMAT", "Unidentified", "files_identity", "files_stamp", "model_identity"]
+__all__ = ["FORMAT", "Unidentified", "file_sha256", "files_identity", "files_stamp", "model_identity"]
 
 FORMAT = 1  # raise it whenever the same encoder and prompt give other vectors: pooling, cutting, padding, normalising
 READ_SUFFIXES = (".jinja", ".json", ".model", ".safetensors", ".txt")  # of what transformers reads in a folder
 POOLING = "1_Pooling/config.json"
-SAMPLES = 32  # numbers of each weight that are looked at to see whether a model is still the one that was hashed
 UNSTABLE_KEYS = ("_name_or_path", "transformers_version")  # of a configuration; they change without the vectors
 
 _files: dict[tuple, str] = {}  # stamp of a folder, token limit → identity
-_models: "weakref.WeakKeyDictionary[Any, tuple[bytes, str]]" = weakref.WeakKeyDictionary()  # model → (sample, identity)
-_tokenizers: "weakref.WeakKeyDictionary[Any, tuple[int, str]]" = weakref.WeakKeyDictionary()  # tokenizer → (tokens, sha256)
 
 
 class Unidentified(ValueError):
     """An encoder whose vectors must not be cached; the message says why."""
+
+
+def file_sha256(path: Path) -> str:
+    """sha256 (hex) of a file, read a block at a time. Raises OSError."""
+    whole = hashlib.sha256()
+    _hash_file(whole, path)
+    return whole.hexdigest()
+
+
+def _hash_file(whole: Any, path: Path) -> None:
+    """Feed a file to a hash."""
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            whole.update(block)
 
 
 def files_stamp(folder: Path) -> tuple:
@@ -53,15 +63,13 @@ def files_identity(folder: Path, most_tokens: int) -> str:
         whole = hashlib.sha256(f"files {FORMAT} {most_tokens}\n".encode())
         for name, size, _ in stamp:
             whole.update(f"{Path(name).relative_to(folder).as_posix()} {size}\n".encode())
-            with open(name, "rb") as file:
-                while block := file.read(1 << 20):
-                    whole.update(block)
+            _hash_file(whole, Path(name))
         _files[stamp, most_tokens] = whole.hexdigest()
     return _files[stamp, most_tokens]
 
 
 def model_identity(model: Any, tokenizer: Any, limit: int, rank: int) -> str:
-    """sha256 (hex) of a loaded encoder; kept as long as a sample of every weight stays the same.
+    """sha256 (hex) of a loaded encoder, made anew in every call: a row of a weight may have changed (about 2 s per GB).
 
     Args:
         model: a transformers model.
@@ -78,18 +86,12 @@ def model_identity(model: Any, tokenizer: Any, limit: int, rank: int) -> str:
     if odd is not None:
         raise Unidentified(f"the weight {odd} of {type(model).__name__} is offloaded or quantized")
     config = {key: value for key, value in model.config.to_dict().items() if key not in UNSTABLE_KEYS}
-    facts = ["model", FORMAT, limit, rank, type(model).__name__, config, _tokenizer_sha256(tokenizer)]
-    about = json.dumps(facts, sort_keys=True, default=str).encode()
-    sample = hashlib.sha256(about + _sample(weights)).digest()
-    known, identity = _models.get(model, (None, ""))
-    if known != sample:
-        whole = hashlib.sha256(about)
-        for name, weight in sorted(weights.items()):
-            whole.update(f"\n{name} {weight.dtype} {tuple(weight.shape)}\n".encode())
-            whole.update(_bytes(weight))
-        identity = whole.hexdigest()
-        _models[model] = (sample, identity)
-    return identity
+    facts = ["model", FORMAT, limit, rank, type(model).__name__, config, _tokenizer_facts(tokenizer)]
+    whole = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
+    for name, weight in sorted(weights.items()):
+        whole.update(f"\n{name} {weight.dtype} {tuple(weight.shape)}\n".encode())
+        whole.update(_bytes(weight))
+    return whole.hexdigest()
 
 
 def _plain(weight: Any) -> bool:
@@ -102,26 +104,6 @@ def _bytes(weight: Any) -> memoryview:
     import torch
 
     return memoryview(weight.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy())
-
-
-def _sample(weights: dict[str, Any]) -> bytes:
-    """Some numbers of every weight, evenly spread: what merging an adapter or training a step would change."""
-    import torch
-
-    parts = []
-    for weight in weights.values():
-        flat = weight.detach().reshape(-1)
-        parts.append(flat[:: max(1, flat.numel() // SAMPLES)].to("cpu", torch.float64))
-    return torch.cat(parts).numpy().tobytes() if parts else b""
-
-
-def _tokenizer_sha256(tokenizer: Any) -> str:
-    """Of what decides the tokens of a text; kept until tokens are added."""
-    tokens, known = _tokenizers.get(tokenizer, (-1, ""))
-    if tokens != len(tokenizer):
-        known = hashlib.sha256(json.dumps(_tokenizer_facts(tokenizer), sort_keys=True).encode()).hexdigest()
-        _tokenizers[tokenizer] = (len(tokenizer), known)
-    return known
 
 
 def _tokenizer_facts(tokenizer: Any) -> dict[str, Any]:

@@ -174,6 +174,7 @@ def _load(name: str, source: str, local: bool, most_tokens: int, device: str, st
     if hasattr(model.config, "text_config"):
         raise NotImplementedError(f"embed_prompts: encoder {name!r} is a {type(model).__name__}, which does not read "
                                   "text alone; name a sentence encoder")
+    _refuse_modules(name, source, local)
     model = model.to(device, torch.float32).eval().requires_grad_(False)
     pool = _first_token if _pools_first_token(name, source, local) else _masked_mean
 
@@ -218,6 +219,21 @@ def _limit(model: Any, most_tokens: int) -> int:
     if "roberta" in model.config.model_type or model.config.model_type == "mpnet":
         positions -= 2  # they count positions from the padding id on
     return min(most_tokens, positions)
+
+
+def _refuse_modules(name: str, source: str, local: bool) -> None:
+    """Refuse a sentence-transformers model with parts beside the transformer, its pooling and normalisation, such as a dense layer."""
+    from transformers.utils import cached_file
+
+    try:
+        path = cached_file(source, "modules.json", local_files_only=local)
+    except OSError:  # a plain transformers model
+        return
+    kinds = [str(module.get("type", "")).rsplit(".", 1)[-1] for module in json.loads(Path(path).read_text(encoding="utf-8"))]
+    odd = sorted(set(kinds) - {"Transformer", "Pooling", "Normalize"})
+    if odd:
+        raise NotImplementedError(f"embed_prompts: encoder {name!r} has parts that are not read here ({', '.join(odd)}); embed with "
+                                  "sentence-transformers and bring the vectors (sage.load_embeddings)")
 
 
 def _pools_first_token(name: str, source: str, local: bool) -> bool:

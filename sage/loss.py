@@ -53,6 +53,8 @@ class LossTable:
         if loss.shape != (len(similarity), len(share)):
             raise ValueError(f"LossTable: loss must be [{len(similarity)}, {len(share)}], a row for each similarity and a column "
                              f"for each share, got {list(loss.shape)}")
+        if loss.size and not (loss.max() == 0 or 1e-100 <= loss.max() <= 1e100):
+            raise ValueError(f"LossTable: the largest loss must be 0 or in [1e-100, 1e100], got {loss.max():g}; choose another unit")
         if share[0] != 0.0:
             raise ValueError(f"LossTable: share must begin with 0, got {share[0]}")
         if not isinstance(self.provenance, Mapping):

@@ -13,6 +13,7 @@ File names come from the picture's number and the letters and digits of its prom
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -20,7 +21,7 @@ import math
 import os
 import re
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,12 +67,17 @@ def to_json(value: Any, indent: int | None = None) -> str:
 
 def write_atomic(path: Path, data: bytes | str) -> None:
     """Write a whole file or nothing: beside its place, flushed to disk, then moved over what was there."""
-    data = data.encode("utf-8") if isinstance(data, str) else data
+    with whole_or_nothing(path) as temporary:
+        temporary.write_bytes(data.encode("utf-8") if isinstance(data, str) else data)
+
+
+@contextlib.contextmanager
+def whole_or_nothing(path: Path) -> Iterator[Path]:
+    """A place beside `path` to write to, flushed to disk and moved over it at the end; removed if an error is raised."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
+        yield temporary
+        with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:

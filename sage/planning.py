@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sage.encoder_identity import file_sha256
 from sage.plan import Leaf, SharingPlan
 from sage.prompts import InputError, PromptSet, count
 
@@ -35,7 +35,7 @@ class Grouping:
         encoder: as for `sage.embed_prompts`; None: "auto".
         embeddings: a file to read instead of embedding, see `sage.embed_files`.
         loss: file of a `sage.loss.LossTable`; None: the one that ships.
-        search: as for `sage.grouping.find_groups`.
+        search: as for `sage.grouping.find_groups`; "auto" here, where the functions that plan look at all pairs by themselves.
         cache: as for `sage.embed_prompts`.
     """
 
@@ -134,7 +134,7 @@ def _option(name: str) -> str:
 
 
 def _file_digest(path: str | None) -> str | None:
-    return None if path is None else hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    return None if path is None else file_sha256(Path(path))
 
 
 def parse_share(text: str | None) -> float | tuple[float, float] | None:

@@ -6,7 +6,7 @@
         order = prompts.canonical_order()            # int64 [n]
 
 What a file may hold, and what is said of mistakes in it, is as in `sage.prompts`. Eight bytes of memory per prompt are
-held; the file is mapped, and must not change while it is open.
+held, and eight more once repeats were looked for; the file is mapped, and must not change while it is open.
 """
 
 import hashlib
@@ -22,13 +22,12 @@ from pathlib import Path
 import numpy as np
 
 from sage.plan_checks import integer
-from sage.prompts import InputError, parse_row, count
+from sage.prompts import InputError, count, parse_row
 
 __all__ = ["PromptFile"]
 
 LINE = re.compile(rb"[^\r\n]*(?:\r\n|\r|\n)?")  # what ends a line ends it in sage.prompts too
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-BLOCK = 1 << 20  # bytes hashed at once
 DIGEST_BYTES = 16  # of a prompt; two prompts of 2⁶⁴ would be taken for one
 
 
@@ -104,10 +103,7 @@ class PromptFile(Sequence):
     @cached_property
     def sha256(self) -> str:
         """Of the whole file, as hex digits."""
-        whole = hashlib.sha256()
-        for first in range(0, len(self._data), BLOCK):
-            whole.update(self._data[first : first + BLOCK])
-        return whole.hexdigest()
+        return hashlib.sha256(self._data).hexdigest()
 
     def canonical_order(self, run_bytes: int = 32 << 20) -> np.ndarray:
         """Positions sorted by text, equal texts by position: int64 [n].
@@ -130,7 +126,14 @@ class PromptFile(Sequence):
         return np.fromiter(merged, dtype=np.int64, count=len(self))
 
     def first_positions(self) -> np.ndarray:
-        """For each prompt, the position of the first one equal to it: int64 [n]. Takes 60 bytes per prompt meanwhile."""
+        """For each prompt, the position of the first one equal to it: int64 [n], read-only.
+
+        Found when first asked for, which reads the file and takes 60 bytes per prompt meanwhile, then kept.
+        """
+        return self._first_positions
+
+    @cached_property
+    def _first_positions(self) -> np.ndarray:
         digests = np.empty((len(self), 2), dtype=np.uint64)
         done = 0
         for texts in self.chunks(128):
@@ -142,6 +145,7 @@ class PromptFile(Sequence):
         new[1:] = (digests[order[1:]] != digests[order[:-1]]).any(axis=1)
         first = np.empty(len(self), dtype=np.int64)
         first[order] = order[new][np.cumsum(new) - 1]
+        first.setflags(write=False)
         return first
 
     def _scan(self) -> tuple[np.ndarray, int]:

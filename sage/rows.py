@@ -160,6 +160,11 @@ class PlanRows:
         return self._rows[id(members)]
 
 
+def copied(index: np.ndarray, copies: int, stride: int, device: torch.device) -> torch.Tensor:
+    """int64 [k·n] on a device: an index [n] once for each of k guidance copies, which are `stride` rows apart."""
+    return torch.from_numpy(np.concatenate([index + copy * stride for copy in range(copies)])).to(device)
+
+
 def like(value: Sequence, items: Iterable) -> Any:
     """A list, tuple or named tuple of the items, as `value` is."""
     return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)

@@ -19,8 +19,8 @@ from sage.calls import Call, Guidance, Schedule, State, coefficient_rows, first_
 from sage.families import RULES
 from sage.graphs import CapturedDenoiser
 from sage.plan import SharingPlan
-from sage.probe import Course, Probe, Probed, copied
-from sage.rows import Rows, map_rows
+from sage.probe import Course, Probe, Probed
+from sage.rows import Rows, copied, map_rows
 from sage.sampling_checks import (
     check_alike,
     check_branch_back,

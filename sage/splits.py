@@ -5,17 +5,18 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from sage.grouping import Group, similarity_matrix
+from sage.grouping import Group
 from sage.loss import LossTable
 from sage.plan import Node
-from sage_kernels.prices import split_prices
+from sage.similarity import similarity_matrix
 from sage.trees import Trees, sides
 from sage_kernels.grouping import UNITS
+from sage_kernels.prices import split_prices
 
 EXACT = 28  # losses are whole multiples of the largest over about 2²⁸, so that millions of them add without rounding
 
 
-class Tree:
+class Dendrogram:
     """One image of a group: the merges that join two prompts which have such an image, in their order.
 
     Attributes:
@@ -59,14 +60,14 @@ class Forest:
 
     Attributes:
         parents: int32 [n], a later node or -1, over the n nodes of all trees.
-        sizes, heights: int64 [n]; see `Tree`.
+        sizes, heights: int64 [n]; see `Dendrogram`.
         start, length: int64 [n], the first node of a node's tree and the number of its nodes.
     """
 
     def __init__(self, trees: Trees, groups: list[Group], images: int):
         self._trees = trees
         groups = sorted(groups, key=lambda group: min(trees.keys[member] for member in group.members))
-        grown = [Tree(group, image, trees) for group in groups if len(group.members) > 1 for image in range(images)]
+        grown = [Dendrogram(group, image, trees) for group in groups if len(group.members) > 1 for image in range(images)]
         self.trees = [tree for tree in grown if tree.parents]
         lengths = np.array([len(tree.parents) for tree in self.trees], dtype=np.int64)
         starts = np.cumsum(lengths) - lengths

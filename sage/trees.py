@@ -1,35 +1,39 @@
 """Groups to plans: the checked arguments of a request, and the trees that grow from a group's merges."""
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from sage.embed import Embeddings
-from sage.grouping import Group, Groups, find_groups, medoid
-from sage.plan import Leaf, Node
+from sage.grouping import Group, Groups, check_search, find_groups, medoid
+from sage.plan import Leaf, Node, SharingPlan
 from sage.plan_checks import integer, texts
 from sage.similarity import in_millionths
 
 Merges = list[tuple[int, int, int]]  # (a, b, height): the clusters that hold inputs a and b are joined, in order
 
 
-class Request:
-    """The checked arguments of a plan: distinct prompts with their vectors, and the leaves made of them.
+class PlanRequest:
+    """The checked arguments of a plan: distinct prompts with their vectors, their groups, and the leaves made of them.
 
     Args:
-        op: the function that was called, for errors. The others are those of `plan_prompts`.
+        op: the function that was called, for errors. The others are those of `plan_prompts`, and are checked even when nobody is to be
+            grouped.
 
     Attributes:
         leaves: the requested images, those of each prompt together.
         prompts: the distinct prompts that may be grouped, in the order of their first place.
         vectors: one row for each of `prompts`.
         images: most images that a prompt has.
+        groups: a partition of `prompts`, as indices into them.
     """
 
-    def __init__(self, op, prompts, embeddings, images_per_prompt, seeds, alone, encoder_name):
+    def __init__(
+        self, op, prompts, embeddings, similarity, max_group_size, images_per_prompt, seeds, alone, encoder_name, search, on_groups
+    ):
         prompts = texts(prompts, f"{op}: prompts")
         if isinstance(embeddings, Embeddings):
             alone = embeddings.unknown if alone is None else alone
@@ -46,25 +50,29 @@ class Request:
         positions = defaultdict(list)
         for position, prompt in enumerate(prompts):
             positions[prompt].append(position)
-        self.op, self.encoder_name = op, encoder_name
+        self.op, self.encoder_name, self.similarity = op, encoder_name, similarity
         self.leaves = _leaves(op, prompts, integer(images_per_prompt, f"{op}: images_per_prompt", 1), seeds)
         self.images = max(leaf.image_index for leaf in self.leaves) + 1
         apart = {prompt for prompt, places in positions.items() if alone[places].any()}
         self.prompts = [prompt for prompt in positions if prompt not in apart]
         self.vectors = [_one_vector(op, prompt, vectors[positions[prompt]]) for prompt in self.prompts]
+        self.groups = self._grouped(max_group_size, search, on_groups)
 
-    def grouped(
-        self, similarity: float, max_group_size: int, search: str, on_groups: Callable[[Groups], None] | None
-    ) -> list[Group]:
-        """The groups of `prompts`; `on_groups` is told how they were found. Arguments are checked even when nobody is to be grouped."""
-        in_millionths(similarity, f"{self.op}: similarity")
+    def _grouped(self, max_group_size: int, search: str, on_groups: Callable[[Groups], None] | None) -> list[Group]:
+        """The groups of `prompts`; `on_groups` is told how they were found."""
+        in_millionths(self.similarity, f"{self.op}: similarity")
         max_group_size = integer(max_group_size, f"{self.op}: max_group_size", 1)
+        check_search(self.op, search, 1.0)
         if not self.prompts:
             return []
-        found = find_groups(np.array(self.vectors), self.prompts, similarity, max_group_size, search=search, op=self.op)
+        found = find_groups(np.array(self.vectors), self.prompts, self.similarity, max_group_size, search=search, op=self.op)
         if on_groups is not None:
             on_groups(found)
         return found.groups
+
+    def plan(self, roots: Iterable[Node]) -> SharingPlan:
+        """The plan over all leaves; those under none of the roots run alone."""
+        return SharingPlan.tree(self.leaves, list(roots), encoder=self.encoder_name, similarity=self.similarity)
 
 
 def _leaves(op: str, prompts: list[str], images_per_prompt: int, seeds: Any) -> list[Leaf]:
@@ -117,7 +125,7 @@ class _Part:
 class Trees:
     """Grows, out of a group's merges, the tree over one image of each of its prompts."""
 
-    def __init__(self, request: Request):
+    def __init__(self, request: PlanRequest):
         self.keys, self.vectors = request.prompts, np.array(request.vectors)
         self.leaf_of = {(leaf.prompt, leaf.image_index): number for number, leaf in enumerate(request.leaves)}
         self.medoids: dict[tuple[int, ...], int] = {}  # the same for every image that all prompts have

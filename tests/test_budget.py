@@ -1,5 +1,6 @@
 """Plans of least expected loss, against all plans there are."""
 
+import functools
 import itertools
 import math
 import random
@@ -11,10 +12,11 @@ from hypothesis import strategies as st
 
 from sage.budget import PRESETS, budget_plan, expected_loss
 from sage.embed import Embeddings
-from sage.grouping import similarity_matrix
 from sage.loss import LossTable
 from sage.plan import SharingPlan
-from sage.plans import plan_prompts, tree_plan
+from sage.plans import _by_height, plan_prompts, tree_plan
+from sage.similarity import similarity_matrix
+from sage_kernels.grouping import UNITS
 from sage_kernels.prices import split_prices, split_prices_python
 
 CALLS, MOST = 4, 0.75  # small enough to try all plans: nothing is shared in the last call
@@ -179,6 +181,37 @@ def test_every_image_of_a_prompt_has_a_tree_of_its_own():
     assert expected_loss(plan, vectors, loss, images_per_prompt=3).shape == (36,)
 
 
+@given(seed=seeds, price=st.floats(1e-3, 0.3))
+@settings(max_examples=40, deadline=None)
+def test_at_a_price_a_group_does_not_depend_on_the_others(seed, price):
+    prompts, vectors, loss = problem(seed, 12, 2)
+    _, others, _ = problem(seed + 1, 12, 2)
+    options = dict(quality=price * loss.loss.max(), loss=loss, similarity=0.1, max_group_size=4)
+    alone = partition(budget_plan(prompts, vectors, **options))
+    apart = np.concatenate([np.pad(vectors, ((0, 0), (0, 6))), np.pad(others, ((0, 0), (6, 0)))])  # the sets are orthogonal
+    names = [f"other {i}" for i in range(len(others))]
+    beside = partition(budget_plan([*prompts, *names], apart, **options))
+    assert alone == {(node, until) for node, until in beside if not any(prompt.startswith("other") for prompt, _ in node)}
+
+
+@pytest.mark.parametrize("make", [plan_prompts, tree_plan, functools.partial(budget_plan, quality="balanced")])
+def test_all_pairs_are_looked_at_unless_it_is_asked_otherwise(make, monkeypatch):
+    monkeypatch.setattr("sage.grouping.EXACT_MOST", {"cpu": 1, "cuda": 1})  # "auto" would take likely pairs
+    searches = []
+    make(["a", "b", "c"], np.ones((3, 3)), on_groups=searches.append)
+    assert [found.search for found in searches] == ["exact"]
+    for prompts in (["a", "b"], ["a"]):
+        with pytest.raises(ValueError, match="search must be one of 'auto', 'exact', 'approximate', got 'best'"):
+            make(prompts, np.ones((len(prompts), 3)), search="best", alone=np.ones(len(prompts), bool))
+
+
+@given(share=st.tuples(st.floats(0, 1), st.floats(0, 1)).map(sorted), similarity=st.floats(-0.99, 1.0),
+       height=st.integers(-UNITS, UNITS + 3))  # fmt: skip
+def test_a_share_by_similarity_stays_in_its_range(share, similarity, height):
+    low, high = share
+    assert low <= _by_height("tree_plan", share, similarity)(height) <= high
+
+
 def test_prompts_given_twice_share_among_their_second_images():
     prompts, vectors, loss = problem(3, 8, 8)
     twice, rows = [*prompts, *prompts[:3]], [*range(8), 0, 1, 2]
@@ -253,7 +286,7 @@ def test_other_types_are_refused():
     with pytest.raises(TypeError, match="loss must be a sage.loss.LossTable or None, got float"):
         budget_plan(["a"], np.ones((1, 3)), budget=0.5, loss=0.1)
     plan = plan_prompts(["a", "b"], np.ones((2, 3)))
-    with pytest.raises(ValueError, match=r"vectors must be \[n, d\] with n · images_per_prompt = 2"):
+    with pytest.raises(ValueError, match=r"embeddings must be \[n, d\] with n · images_per_prompt = 2"):
         expected_loss(plan, np.ones((3, 3)))
 
 

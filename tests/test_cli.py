@@ -465,3 +465,19 @@ def test_help_teaches(command):
 
 def test_debug_shows_the_traceback(prompts, tmp_path):
     assert "Traceback" in sage("--debug", "generate", prompts, "--out", tmp_path, "--share", 3).output
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--out", "prompts.txt"], "--out prompts.txt: PROMPTS is the same file; give another name."),
+        (["--html", "./prompts.txt"], "--html ./prompts.txt: PROMPTS is the same file"),
+        (["--out", "x.html", "--html", "x.html"], "--out x.html: --html is the same file"),
+    ],
+)
+def test_no_file_is_written_over_one_that_is_read_or_written(prompts, monkeypatch, options, message):
+    monkeypatch.chdir(prompts.parent)
+    before = prompts.read_bytes()
+    result = sage("plan", "prompts.txt", *options)
+    assert result.exit_code == 2 and message in result.output
+    assert prompts.read_bytes() == before and not Path("x.html").exists()

@@ -1,6 +1,7 @@
 """Embedding prompts, with tiny random encoders built here: nothing is downloaded."""
 
 import json
+import shutil
 import socket
 import warnings
 from types import SimpleNamespace
@@ -25,6 +26,7 @@ from transformers import (
 
 from sage.embed import Embeddings, embed_prompts
 from sage.emoji import text_encoder_path
+from sage.encoders import _load
 
 WORDS = ["a", "red", "blue", "old", "small", "fox", "boat", "moon", "in", "the", "snow", "at", "night", "painting", "of"]
 VOCABULARY = {word: index for index, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS])}
@@ -274,3 +276,16 @@ def test_shipped_encoder_finds_like_prompts_alike():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         embed_prompts(["word " * 40])  # within 64 tokens, though the tokenizer's own limit is 16
+
+
+def test_sentence_encoders_with_parts_that_are_not_read_are_refused(tmp_path):
+    shutil.copytree(text_encoder_path(), tmp_path / "encoder")
+    kinds = ["Transformer", "Pooling", "Normalize"]
+    modules = tmp_path / "encoder" / "modules.json"
+    modules.write_text(json.dumps([{"type": f"sentence_transformers.models.{kind}"} for kind in kinds]))
+    plain = embed_prompts(["a fox"], str(tmp_path / "encoder")).vectors
+    assert plain.shape == (1, 256)
+    modules.write_text(json.dumps([{"type": f"sentence_transformers.models.{kind}"} for kind in [*kinds, "Dense"]]))
+    _load.cache_clear()
+    with pytest.raises(NotImplementedError, match="has parts that are not read here .Dense.; embed with sentence-transformers"):
+        embed_prompts(["a fox"], str(tmp_path / "encoder"))

@@ -70,7 +70,7 @@ def test_some_roots_only_and_everything_at_once():
     assert packs(plan, 2, roots=[]) == []
 
 
-def test_many_groups_are_packed_quickly_with_cuts_some_groups_apart():
+def test_launches_of_many_groups_are_full_with_cuts_some_groups_apart():
     rng = np.random.default_rng(0)
     plan = flat(rng.integers(1, 9, 3000).tolist())
     for nodes in (64, 512):
@@ -79,6 +79,22 @@ def test_many_groups_are_packed_quickly_with_cuts_some_groups_apart():
         assert launches(plan, made, nodes) < 1.06 * plan.cost(20).nfe / nodes + 20  # of full launches, and one partly empty a call
 
 
+def test_what_is_too_large_for_a_pack_comes_alone_with_cuts_some_groups_apart(monkeypatch):
+    monkeypatch.setattr(packing, "MOST_PICTURES", 1)
+    monkeypatch.setattr(packing, "MOST_CUTS", 4)  # every 4 groups for packs of 16 pictures
+    plan = flat([1] * 8 + [9, 9, 2, 20] + [1] * 5 + [40, 17, 16])
+    made = packs(plan, 16)
+    assert sorted(root for pack in made for root in pack) == list(range(len(plan.roots)))
+    for pack in made:
+        assert sum(len(plan.roots[root].members) for root in pack) <= 16 or len(pack) == 1
+
+
 def test_bad_sizes_are_named():
     with pytest.raises(ValueError, match="packs: max_nodes must be at least 1, got 0"):
         packs(flat([1]), 0)
+    for roots in ([0, 0, 1], [-1], [99]):
+        with pytest.raises(ValueError, match="packs: roots must be"):
+            packs(flat([1, 2]), 4, roots=roots)
+    with pytest.raises(TypeError, match="packs: roots must be an integer, got 0.7"):
+        packs(flat([1, 2]), None, roots=[0.7])
+    assert packs(flat([1, 2]), 2**62) == [[0, 1]]
