@@ -11,7 +11,7 @@ from sage.embed import Embeddings
 from sage.grouping import Group, Groups, check_search, find_groups, medoid
 from sage.plan import Leaf, Node, SharingPlan
 from sage.plan_checks import integer, texts
-from sage.similarity import in_millionths
+from sage.similarity import as_numbers, in_millionths
 
 Merges = list[tuple[int, int, int]]  # (a, b, height): the clusters that hold inputs a and b are joined, in order
 
@@ -43,7 +43,7 @@ class PlanRequest:
         if alone.shape != (len(prompts),) or alone.dtype != bool:
             raise ValueError(f"{op}: alone must be bool [{len(prompts)}], one per prompt, got {alone.dtype} "
                              f"{list(alone.shape)}")
-        vectors = np.asarray(embeddings)
+        vectors = as_numbers(embeddings, f"{op}: embeddings")
         if vectors.ndim != 2 or len(vectors) != len(prompts):
             raise ValueError(f"{op}: embeddings must be [{len(prompts)}, d], one row per prompt, got "
                              f"{list(vectors.shape)}")
