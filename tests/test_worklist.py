@@ -31,7 +31,7 @@ def test_dry_run_lists_every_step_with_its_limit():
     assert run.returncode == 0, run.stderr
     limits = dict(re.findall(r"^(\w+) +(\d+) s ", run.stdout, re.MULTILINE))
     before = ["build", "exercise", "tests", "memcheck", "racecheck", "initcheck", "graphs", "ops", "sampling"]
-    assert list(limits) == [*before, *PIPELINES, "profile"]
+    assert list(limits) == [*before, *PIPELINES, "grouping", "profile"]
     assert all(int(limit) < 9 * 60 for limit in limits.values())
 
 
