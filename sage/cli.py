@@ -1,4 +1,4 @@
-"""The `sage` command: info, plan, generate. Heavy imports wait until a command needs them."""
+"""The `sage` command: info, plan, generate, evaluate. Heavy imports wait until a command needs them."""
 
 from __future__ import annotations
 
@@ -68,6 +68,7 @@ def cli(context, debug: bool):
       sage plan prompts.txt
       sage generate prompts.txt --out pictures
       sage generate prompts.txt --out pictures --model FOLDER --solver dpm++2m --steps 20 --tree
+      sage evaluate prompts.txt --out evaluation
 
     PROMPTS is a text file with one prompt per line, a .jsonl file with {"prompt": …} and, if wanted, "negative_prompt"
     and "seed" per line, or - for standard input.
@@ -224,6 +225,93 @@ def generate(debug, prompts, **options):
             raise
         click.echo(saving_sentence(report) if generation.written else "Every picture was there already.")
         click.echo(f"Gallery: {generation.gallery}")
+
+
+@cli.command()
+@click.argument("prompts", required=False)
+@click.option("--out", metavar="FOLDER", help="Where results, table, plot, sheets and all pictures go.")
+@click.option("--model", metavar="ID|FOLDER", help="A diffusers model in safetensors. Default: the embedded emoji model.")
+@click.option("--adapter", "adapters", multiple=True, metavar="LORA|FOLDER", help="A .safetensors file; every method is drawn with it too.")
+@click.option("--images", metavar="FOLDER", help="Real pictures to compare with; JSONL lines may name theirs: \"image\": \"1.png\".")
+@click.option("--solver", "solvers", multiple=True, help="ddim, dpm++2m … (`sage info --schedulers`). Default: the model's scheduler.")
+@click.option("--steps", metavar="LIST", help="Step counts of independent sampling. Default: 30,25,20,15,12,10,8,6,5,4.")
+@click.option("--comfortable", type=int, metavar="N", help="Draw all methods at this step count too; 0: at the knee only. Default: the "
+              "largest of --steps.")
+@click.option("--share", "shares", metavar="LIST", help="Fractions of the calls that groups share. Default: 0.1,0.2,0.3,0.4,0.5.")
+@click.option("--budget", "budgets", metavar="LIST", help="Rows of trees, as fractions of those without sharing. Default: 0.9,0.8,0.7.")
+@click.option("--method", "methods", multiple=True, help="fewer-steps, shared-noise, share, step-back, tree, cache. Default: all of them.")
+@click.option("--images-per-prompt", type=int, help="Pictures of each prompt, each with a seed of its own. Default: 4.")
+@click.option("--similarity", default=0.6, show_default=True, metavar="τ", help="Least cosine between any two prompts of a group.")
+@click.option("--max-group-size", default=8, show_default=True, help="Most prompts in a group.")
+@click.option("--all", "everyone", is_flag=True, help="Evaluate prompts without a neighbour too; they share with nobody.")
+@click.option("--held-out", is_flag=True, help="The benchmark's prompts of emoji that the embedded model never saw.")
+@click.option("--limit", type=int, metavar="N", help="Evaluate at most N prompts: whole groups, chosen at random by --seed.")
+@click.option("--margin", default=0.05, show_default=True, help="What counts as equally good, relative to the best value.")
+@click.option("--extractor", "extractors", multiple=True, metavar="NAME", help="emoji, clip:NAME, dinov2:NAME, inception:FILE; the first "
+              "one judges. Default: emoji, for the embedded model.")
+@click.option("--guidance-scale", type=float, help="Classifier-free guidance. Default: the model's own.")
+@click.option("--seed", default=0, show_default=True, help="Base seed; each picture's own comes from it and its prompt.")
+@click.option("--max-rows", default=64, show_default=True, help="Most denoiser rows at once (guidance counts twice).")
+@click.option("--device", help="cpu, cuda, cuda:1 … Default: a GPU when there is one.")
+@click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Default: float16 on GPUs.")
+@click.option("--quick", is_flag=True, help="A look in a few minutes: few prompts, steps and methods; too little for claims.")
+@click.option("--overwrite", is_flag=True, help="Replace what an earlier evaluation left in the output folder.")
+@click.option("--resume", is_flag=True, help="Complete a run that was stopped; prompts and options must be the same.")
+@click.option("--table", metavar="FILE", help="Draw nothing: print the table of a results.json; with --out, write table and plot anew.")
+@click.pass_obj
+def evaluate(debug, prompts, table, steps, shares, budgets, **options):
+    """Say what sharing costs in quality on PROMPTS, always beside fewer steps.
+
+    Draws the prompts that have a neighbour by every method, with the same seeds. Costs are measured from the knee: the least steps
+    at which independent sampling is as good as at its best, within --margin. Without PROMPTS the embedded model's own benchmark is
+    drawn, with its real pictures to compare with.
+
+    Writes FOLDER/results.json, table.md, plot.png, sheets/ and methods/ with all pictures and their cost.
+
+    \b
+    Examples:
+      sage evaluate --out quick --quick                          the embedded model, a few minutes
+      sage evaluate --out evaluation --solver ddim --solver dpm++2m
+      sage evaluate prompts.jsonl --out sd15 --model ./sd15 --extractor clip:openai/clip-vit-large-patch14 --images photos
+      sage evaluate --out tuned --adapter group.safetensors --share 0.2,0.4 --method share --method fewer-steps
+      sage evaluate --out evaluation --resume                    after an interruption
+      sage evaluate --table evaluation/results.json              the table again
+
+    \b
+    Exit codes:
+      0  done                        2  prompts, options or files cannot be used
+      1  something failed          130  interrupted; --resume completes the run
+    """
+    with _clean_errors(debug):
+        from sage.evaluation.request import Request, numbers
+
+        if table is not None:
+            from sage.evaluation.command import render
+
+            click.echo(render(table, options["out"]))
+            return
+        if options["out"] is None:
+            raise InputError("--out FOLDER must be given: pictures, table and plot go there.")
+        lists = {"steps": numbers(steps, "--steps", int), "shares": numbers(shares, "--share", float)}
+        request = Request(**options, **lists, budgets=numbers(budgets, "--budget", float))
+        from sage.evaluation.command import Evaluation
+
+        evaluation = Evaluation(request, prompts, _say, progress=sys.stderr.isatty())
+        _run_evaluation(evaluation, options["out"])
+
+
+def _run_evaluation(evaluation, out: str) -> None:
+    """Draw and judge; the table is all that goes to standard output."""
+    from sage.evaluation.report import short_table
+
+    try:
+        results = evaluation.run()
+    except (Exception, KeyboardInterrupt):
+        if evaluation.drawing:
+            _say(f"Stopped; what is drawn stays in {out}, and --resume makes the rest.")
+        raise
+    click.echo(short_table(results))
+    click.echo(f"Table, plot and pictures: {Path(out)}")
 
 
 def saving_sentence(report: dict) -> str:

@@ -49,7 +49,8 @@ class GenerationResult:
             those made again by `branch_back` are among them), `boundaries` (per call, whether a group might part after it; None:
             after any), `packs`, `launches`, `max_rows` (at the end), `denoise_seconds`, `seconds`, `images_per_second`, `solver`,
             `solver_path`, `encoder`, `engine` ("native" or "hook"), `engine_reason` (why not native), `probes` (None without a probe;
-            else a dict per probe made, pack after pack, see `sage.probe.Course.records`; its rows are among the others).
+            else a dict per probe made, pack after pack, see `sage.probe.Course.records`; its rows are among the others), `cache` (None
+            without a cache in the denoiser; else its name and what it computed, see `sage.caches.Caches.stats`).
         trunks: with `keep_trunks`, index into `plan.roots` → the group's `sage.Trunk`, on the CPU; groups that shared nothing
             or never parted have none.
     """

@@ -195,6 +195,10 @@ class OutputFolder:
         InputError: not a folder, not writable, not empty without leave, or something else is where files shall go.
     """
 
+    report_name = "report.json"  # what tells a run of this kind; with its settings
+    folders: tuple[str, ...] = tuple(SERIES)
+    single_files: tuple[str, ...] = SINGLE_FILES
+
     def __init__(self, path: str | Path, *, overwrite: bool = False, resume: bool = False, inputs: Iterable[str] = ()):
         self.path, self.overwrite, self.resume = Path(path), overwrite, resume
         if overwrite and resume:
@@ -208,7 +212,7 @@ class OutputFolder:
     def old_report(self) -> dict | None:
         """The report of the run that is in the folder, None when there is none."""
         try:
-            report = json.loads((self.path / "report.json").read_text(encoding="utf-8"))
+            report = json.loads((self.path / self.report_name).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
         settings = report.get("settings") if isinstance(report, dict) else None
@@ -225,7 +229,7 @@ class OutputFolder:
         report = self.old_report()
         if report is None:
             if self.path.is_dir() and any(self.path.iterdir()):
-                raise InputError(f"{self.path}: --resume finds no run in this folder (no report.json).")
+                raise InputError(f"{self.path}: --resume finds no run in this folder (no {self.report_name}).")
             return False
         old, new = report["settings"], plain(settings)
         differing = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
@@ -269,14 +273,14 @@ class OutputFolder:
             raise InputError(f"{self.path}: the output folder is not empty; --resume completes it, --overwrite starts anew.")
         if not self.resume and report is None:
             raise InputError(
-                f"{self.path}: the output folder is not empty, and what it holds is no run of sage (no report.json of one)"
+                f"{self.path}: the output folder is not empty, and what it holds is no run of sage (no {self.report_name} of one)"
                 f"{', so --overwrite replaces nothing' if self.overwrite else ''}; give a new or empty folder as --out."
             )
-        for name in SERIES:
+        for name in self.folders:
             file = self.path / name
             if (file.exists() or file.is_symlink()) and not file.is_dir():
                 raise InputError(f"{file}: this is a file where a folder of pictures shall go; move it away.")
-        for name in SINGLE_FILES:
+        for name in self.single_files:
             if (self.path / name).is_dir():
                 raise InputError(f"{self.path / name}: this is a folder where a file shall go; move it away.")
         if self.overwrite:
@@ -295,7 +299,7 @@ class OutputFolder:
                 parent, _, name = str(row.get("file")).partition("/")
                 if parent == series and PICTURE_NAME.fullmatch(name):
                     pictures.append(self.path / parent / name)
-        return pictures + [self.path / name for name in SINGLE_FILES]
+        return pictures + [self.path / name for name in self.single_files]
 
 
 def _change(key: str, old: Any, new: Any) -> str:

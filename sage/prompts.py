@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +26,7 @@ class PromptSet:
         negative_prompts: one entry per prompt (None where a line names none), or None when no line names one.
         seeds: one int per prompt, or None when no line names one.
         blank: number of blank lines that were skipped.
+        images: one file name per prompt as it stands there (None where a line names none), or None when no line names one.
     """
 
     source: str
@@ -32,6 +34,7 @@ class PromptSet:
     negative_prompts: tuple[str | None, ...] | None = None
     seeds: tuple[int, ...] | None = None
     blank: int = 0
+    images: tuple[str | None, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -51,7 +54,7 @@ class PromptSet:
         return said
 
 
-def read_prompts(path: str | Path) -> PromptSet:
+def read_prompts(path: str | Path, known: Sequence[str] = KNOWN_KEYS) -> PromptSet:
     """Read prompts from a file, or from standard input when `path` is "-".
 
     A name ending in .jsonl or .ndjson is read as JSONL, any other file as text with one prompt per line. Standard
@@ -59,6 +62,7 @@ def read_prompts(path: str | Path) -> PromptSet:
 
     Args:
         path: file name, or "-".
+        known: keys that a line of JSONL may have; "image", the name of a picture that belongs to the prompt, only where it is asked for.
     Returns:
         PromptSet with at least one prompt.
     Raises:
@@ -73,10 +77,10 @@ def read_prompts(path: str | Path) -> PromptSet:
         source = str(path)
         text = _decode(_file_bytes(path), source)
         as_jsonl = path.suffix.lower() in (".jsonl", ".ndjson")
-    return parse_prompts(text, source, jsonl=as_jsonl)
+    return parse_prompts(text, source, jsonl=as_jsonl, known=known)
 
 
-def parse_prompts(text: str, source: str, *, jsonl: bool) -> PromptSet:
+def parse_prompts(text: str, source: str, *, jsonl: bool, known: Sequence[str] = KNOWN_KEYS) -> PromptSet:
     """Parse prompt text that is already decoded; see `read_prompts`."""
     # Only line feeds and carriage returns end a line: str.splitlines would also break prompts at U+2028 and others.
     text = text.replace("\r\n", "\n").replace("\r", "\n")
@@ -88,13 +92,14 @@ def parse_prompts(text: str, source: str, *, jsonl: bool) -> PromptSet:
         raise InputError(f"{source}: no prompts in it{skipped}; write one prompt per line.")
     if not jsonl:
         return PromptSet(source, tuple(line for _, line in filled), blank=blank)
-    rows = [parse_row(line, f"{source}, line {number}") for number, line in filled]
+    rows = [parse_row(line, f"{source}, line {number}", known) for number, line in filled]
     return PromptSet(
         source,
         tuple(row["prompt"] for row in rows),
         _column(rows, "negative_prompt"),
         _seed_column(rows, source),
         blank,
+        _column(rows, "image"),
     )
 
 
@@ -138,7 +143,8 @@ def _decode(data: bytes, source: str) -> str:
         ) from None
 
 
-def parse_row(line: str, where: str) -> dict:
+def parse_row(line: str, where: str, known: Sequence[str] = KNOWN_KEYS) -> dict:
+    """A line of JSONL as an object with checked values. Raises InputError, which calls the line `where`."""
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
@@ -147,12 +153,12 @@ def parse_row(line: str, where: str) -> dict:
         raise InputError(f"{where}: not usable JSON (nested too deeply).") from None
     if not isinstance(row, dict):
         raise InputError(f'{where}: wanted an object like {{"prompt": "a red fox"}}, got {type(row).__name__}.')
-    unknown = [key for key in row if key not in KNOWN_KEYS]
+    unknown = [key for key in row if key not in known]
     if unknown:
-        raise InputError(f"{where}: unknown key {_quote(unknown[0])}; known keys: {', '.join(KNOWN_KEYS)}.")
+        raise InputError(f"{where}: unknown key {_quote(unknown[0])}; known keys: {', '.join(known)}.")
     if "prompt" not in row:
         raise InputError(f'{where}: the key "prompt" is missing.')
-    for key in ("prompt", "negative_prompt"):
+    for key in ("prompt", "negative_prompt", "image"):
         if key in row:
             row[key] = _checked_text(row[key], key, where)
     if not row["prompt"]:

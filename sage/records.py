@@ -72,6 +72,7 @@ def summary(packs: list[dict], seconds: float, pictures: int, solver: str, encod
         "packs": len(packs),
         "launches": sum(p["launches"] for p in packs),
         "probes": probes,
+        "cache": _cache(packs),
         "max_rows": packs[-1]["max_rows"],
         "denoise_seconds": sum(p["denoise_seconds"] for p in packs),
         "seconds": seconds,
@@ -80,3 +81,13 @@ def summary(packs: list[dict], seconds: float, pictures: int, solver: str, encod
         "solver_path": packs[0]["solver_path"],
         "encoder": encoder,
     }
+
+
+def _cache(packs: list[dict]) -> dict[str, Any] | None:
+    """What the denoiser's cache computed in all packs, see `sage.caches.Caches.stats`; None without one."""
+    caches = [pack["cache"] for pack in packs]
+    if caches[0] is None:
+        return None
+    known = all(cache is not None and cache["computed"] is not None for cache in caches)
+    computed = sum(c["computed"] * p["nfe"] for c, p in zip(caches, packs)) / sum(p["nfe"] for p in packs) if known else None
+    return {"name": caches[0]["name"], "computed": computed}

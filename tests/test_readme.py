@@ -71,5 +71,5 @@ def test_named_files_and_functions_exist():
 
 def test_options_in_the_readme_exist():
     shown = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", "\n".join(re.findall(r"^\s+sage .*$", README, re.MULTILINE))))
-    helped = "".join(CliRunner().invoke(cli, [command, "--help"]).output for command in ("info", "plan", "generate", "cache"))
+    helped = "".join(CliRunner().invoke(cli, [command, "--help"]).output for command in ("info", "plan", "generate", "evaluate", "cache"))
     assert shown and all(option in helped for option in shown), shown
