@@ -2,7 +2,7 @@
 
     python benchmarks/fit_loss.py --threads 1 --out benchmarks/results/loss.json --table sage/loss_table.json
 
-Pairs of the model's own captions are drawn evenly over bins of their cosine. Both pictures of a pair begin from one noise, so that
+Pairs of the benchmark's captions are drawn evenly over bins of their cosine. Both pictures of a pair begin from one noise, so that
 they differ from their unshared selves by sharing alone. The loss of a picture is what it measures unshared minus shared: above 0
 where sharing harms. Measured are two things by the scorer:
 
@@ -23,15 +23,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from harness import ROOT, environment, short, write_json
+from harness import environment, short, write_json
 from readme_tables import markdown_table
 from tqdm import tqdm
 
 import sage
-from sage.emoji import GUIDANCE_SCALE, load_pipeline, load_scorer
+from sage.emoji import GUIDANCE_SCALE, benchmark, load_pipeline, load_scorer
 from sage.loss import LossTable, fit_power
 
-CAPTIONS = ROOT / "sage" / "emoji" / "captions.txt"
 BINS = np.round(np.arange(0.2, 1.01, 0.1), 1)
 MEASURES = ("cosine", "margin")
 UNITS = {"cosine": "cosine of picture and own prompt", "margin": "cosine of picture and own prompt less that of the other prompt"}
@@ -153,7 +152,7 @@ def fitted(cosines: np.ndarray, losses: np.ndarray, shares: list[float], quick: 
 
 def drawn(args) -> dict:
     """The part of the JSON that is measured."""
-    captions = [line.strip() for line in CAPTIONS.read_text(encoding="utf-8").splitlines() if line.strip()]
+    captions = [scene.caption for scene in benchmark()]
     embeddings = sage.embed_prompts(captions)
     cosines = embeddings.vectors.astype(np.float64) @ embeddings.vectors.T.astype(np.float64)
     chosen = choose(cosines, 2 if args.quick else args.pairs, args.seed)

@@ -42,10 +42,13 @@ _HOME = {  # public name → the module it lives in, imported when first asked f
     "table_for": "sage.solvers",
     "tree_plan": "sage.plans",
 }
+_PACKAGES = ("emoji", "evaluation")  # as `sage.emoji`, without an import of their own
 __all__ = ["__version__", *_HOME]
 
 
 def __getattr__(name: str):
+    if name in _PACKAGES:
+        return importlib.import_module(f"sage.{name}")
     if name not in _HOME:
         raise AttributeError(f"module 'sage' has no attribute {name!r}")
     value = globals()[name] = getattr(importlib.import_module(_HOME[name]), name)
@@ -53,4 +56,4 @@ def __getattr__(name: str):
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, *_PACKAGES})

@@ -9,7 +9,7 @@ import sage
 from sage import Leaf, SageScheduler, SharingPlan
 from sage.emoji import load_pipeline
 
-PROMPTS = ["red heart", "blue heart", "grinning cat", "pizza"]
+PROMPTS = ["red heart", "blue heart", "cat face", "pizza"]
 LEAVES = [Leaf(prompt) for prompt in PROMPTS]
 
 

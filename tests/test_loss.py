@@ -140,8 +140,8 @@ def test_the_benchmark_fits_what_it_measures(monkeypatch, tmp_path):
         lost = 0.5 * (1 - cosines[:, None]) ** 1.5 * np.array(args.shares) ** 2
         return np.full((2, len(pairs)), 0.4), np.stack([lost, 2 * lost]) + 1e-3 * rng.standard_normal((2, *lost.shape))
 
-    captions = fit_loss.CAPTIONS.read_text(encoding="utf-8").split("\n")
-    embeddings = dict(zip(captions, sage.embed_prompts([caption or "nothing" for caption in captions]).vectors, strict=True))
+    captions = [scene.caption for scene in fit_loss.benchmark()]
+    embeddings = dict(zip(captions, sage.embed_prompts(captions).vectors, strict=True))
     monkeypatch.setattr(fit_loss, "measure", measured)
     out, written = tmp_path / "loss.json", tmp_path / "table.json"
     assert fit_loss.main(["--pairs", "5", "--quick", "--measure", "margin", "--out", str(out), "--table", str(written)]) == 0

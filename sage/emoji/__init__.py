@@ -1,7 +1,11 @@
-"""The embedded default: a miniature Stable Diffusion that draws 32 px emoji, its text encoder and its scorer.
+"""The embedded default: a miniature Stable Diffusion that draws 32 px scenes of emoji, its text encoder, its scorer and its prompts.
+
+    import sage.emoji
 
     pipe = sage.emoji.load_pipeline()
-    image = pipe("grinning cat", num_inference_steps=20, guidance_scale=2.5).images[0]
+    image = pipe("a fox on a blue background", num_inference_steps=20, guidance_scale=2.5).images[0]
+    scenes = sage.emoji.benchmark()                    # what quality is measured on
+    real = sage.emoji.real_pictures(scenes, seed=1)    # uint8 [N, 3, 32, 32]
 
 The weights ship with the package; `python -m sage.emoji.build` makes them from the font and the names. Importing this
 module loads neither diffusers nor transformers.
@@ -14,6 +18,7 @@ if TYPE_CHECKING:
     import torch
     from diffusers import StableDiffusionPipeline
 
+    from .scenes import Composer
     from .scorer import Scorer
 
 GUIDANCE_SCALE = 2.5  # what the published samples were drawn with
@@ -74,3 +79,26 @@ def load_scorer() -> "Scorer":
     folder = text_encoder_path()
     encoder = AutoModel.from_pretrained(folder, dtype=torch.float32, local_files_only=True, use_safetensors=True)
     return Scorer(load_tower(scorer_path()), encoder, AutoTokenizer.from_pretrained(folder, local_files_only=True))
+
+
+def load_composer() -> "Composer":
+    """What draws real pictures of scenes, from the shipped sprites."""
+    from .benchmark_scenes import load_sprites
+    from .scenes import Composer, names
+
+    every = names()
+    return Composer(every, load_sprites(_folder(_WEIGHTS, "sprites.png") / "sprites.png", len(every)))
+
+
+def benchmark(held_out: bool = False) -> "list":
+    """The scenes that quality is measured on, see `sage.emoji.benchmark_scenes.benchmark`; their captions are the prompts."""
+    from .benchmark_scenes import benchmark as read
+
+    return read(held_out)
+
+
+def real_pictures(scenes, images_per_prompt: int = 1, seed: int = 0) -> "torch.Tensor":
+    """Real pictures of scenes, see `sage.emoji.benchmark_scenes.real_pictures`."""
+    from .benchmark_scenes import real_pictures as compose
+
+    return compose(scenes, images_per_prompt, seed)

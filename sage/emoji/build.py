@@ -5,11 +5,12 @@ interrupted goes on from its checkpoint. Give --stage to run some of them only.
 
   data      render the emoji, pair them with their names, fit the linear patch code that defines the latents
   text      ask the teacher about open text, distil the small text encoder
-  unet      train the denoiser on the text encoder's states (the long one: the better part of an hour on two cores)
-  vae       fit the AutoencoderKL to the latents
-  scorer    train the image tower that judges pictures
-  export    write the StableDiffusionPipeline folder and the scorer, in float16 safetensors
-  evaluate  draw, judge, write metrics.json, the contact sheet and the model card
+  unet      train the denoiser on scenes and the text encoder's states of their captions (the long one: see the model card)
+  vae       fit the AutoencoderKL to the latents of scenes
+  scorer    train the image tower that judges pictures, on scenes of its own
+  export    write the StableDiffusionPipeline folder, the scorer and the sprites that scenes are composed of, in float16 safetensors and PNG
+  evaluate  draw, judge, write metrics.json, the contact sheet and the model card; and blind.png into the work folder: 32 pictures
+            for somebody who has not seen the captions, whose answers go into blind.json beside the weights
 
 What it needs (to build; nothing of it at run time):
   Noto Color Emoji      Debian: apt-get install fonts-noto-color-emoji
@@ -28,7 +29,7 @@ import json
 import os
 from pathlib import Path
 
-from . import corpus, data, recipe
+from . import corpus, data, recipe, scenes
 
 STAGES = ("data", "text", "unet", "vae", "scorer", "export", "evaluate")
 _PACKAGE_WEIGHTS = Path(__file__).parent / "weights"
@@ -45,6 +46,10 @@ class Build:
 
     def dataset(self) -> data.Dataset:
         return data.load(self.work / "data")
+
+    def composer(self) -> scenes.Composer:
+        names = scenes.names()
+        return scenes.Composer(names, self.dataset().named(names).rgba)
 
     def codec(self):
         from .codec import PatchCodec
@@ -90,13 +95,23 @@ class Build:
     # Stages.
 
     def data(self) -> None:
+        import torch
+
         from .codec import PatchCodec
 
         if (self.work / "data" / "codec.safetensors").is_file():
             return print("data: already there")
-        dataset = data.render(self.args.font, self.args.names, self.recipes.emoji)
+        dataset = data.render(self.args.font, self.args.names, set(scenes.names()) if self.args.quick else None)
         data.save(dataset, self.work / "data")
-        PatchCodec.fit(dataset.untoned().pictures()).save(self.work / "data" / "codec.safetensors")
+        plan, composer = self.recipes.unet, self.composer()
+        pictures = composer(self._trained_scenes(plan)[:self.recipes.codec_pictures], torch.Generator().manual_seed(plan.seed))
+        PatchCodec.fit(pictures).save(self.work / "data" / "codec.safetensors")
+
+    def _trained_scenes(self, plan) -> list[scenes.Scene]:
+        """Without the emoji that are held out."""
+        held_out = scenes.held_out_names()
+        names = [name for name in scenes.names() if name not in held_out]
+        return scenes.draw_scenes(names, plan.scenes, plan.seed, stills=plan.stills, distinct=False)
 
     def text(self) -> None:
         from .distill import ask_teacher, distill, load_targets
@@ -110,33 +125,46 @@ class Build:
         distill(targets, vocabulary, plan, self.args.teacher, self._run_path("text"))
 
     def unet(self) -> None:
-        import torch
-
         from .text_encoder import prompt_states
-        from .train import Stills, train_unet
+        from .train import SceneSource, distinct_captions, train_unet
 
-        dataset = self.dataset().untoned()
-        states = prompt_states(*self.text_encoder(), dataset.captions + [""])
-        drawn_well = set(dataset.focus().captions)
-        focus = torch.tensor([i for i, caption in enumerate(dataset.captions) if caption in drawn_well])
-        source = Stills(self.codec().encode(dataset.pictures()), states[:-1], focus)
-        train_unet(source, states[-1:], self.recipes.unet, self._run_path("unet"))
+        plan = self.recipes.unet
+        some = self._trained_scenes(plan)
+        encoder = self.text_encoder()
+        states = prompt_states(*encoder, distinct_captions(some)).half()
+        train_unet(SceneSource(some, states, self.composer(), self.codec()), prompt_states(*encoder, [""]), plan, self._run_path("unet"))
 
     def vae(self) -> None:
+        import torch
+
         from .vae import train_vae
 
-        train_vae(self.dataset().pictures(), self.codec(), self.recipes.vae, self._run_path("vae"))
+        plan, composer = self.recipes.vae, self.composer()
+        some = scenes.draw_scenes(scenes.names(), plan.scenes, plan.seed, stills=plan.stills, distinct=False)
+
+        def draw(count: int, generator: torch.Generator) -> torch.Tensor:
+            return composer([some[i] for i in torch.randint(0, len(some), (count,), generator=generator)], generator)
+
+        train_vae(draw, self.codec(), plan, self._run_path("vae"))
 
     def scorer(self) -> None:
+        import torch
+
         from .scorer import train_scorer
         from .text_encoder import embed
 
-        dataset = self.dataset().untoned()
-        encoder, tokenizer = self.text_encoder()
-        train_scorer(dataset.pictures(), embed(encoder, tokenizer, dataset.captions), self.recipes.scorer,
-                     self._run_path("scorer"))
+        plan, composer = self.recipes.scorer, self.composer()
+        some = scenes.draw_scenes(scenes.names(), plan.scenes, plan.seed, stills=plan.stills)
+        embeddings = embed(*self.text_encoder(), [scene.caption for scene in some])
+
+        def draw(count: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+            rows = torch.randperm(len(some), generator=generator)[:count]
+            return composer([some[i] for i in rows], generator), embeddings[rows]
+
+        train_scorer(draw, self.recipes.text.width, plan, self._run_path("scorer"))
 
     def export(self) -> None:
+        from .benchmark_scenes import save_sprites
         from .export import export, folder_bytes
         from .scorer import ImageTower
         from .train import build_unet
@@ -147,6 +175,7 @@ class Build:
         export(self.out, unet=self.averaged("unet", build_unet(self.recipes.unet, width)),
                vae=self.averaged("vae", build_vae(self.recipes.vae)), text_encoder=encoder, tokenizer=tokenizer,
                tower=self.averaged("scorer", ImageTower(self.recipes.scorer.width, width)), unet_recipe=self.recipes.unet)
+        save_sprites(self.dataset().named(scenes.names()).rgba, self.out / "sprites.png")
         print(f"export: {self.out}, {folder_bytes(self.out) / 1e6:.1f} MB")
 
     def evaluate(self) -> None:
@@ -155,37 +184,53 @@ class Build:
         from transformers import AutoModel, AutoTokenizer
 
         from . import evaluate as judge
+        from .benchmark_scenes import benchmark
         from .checkpoint import summary
         from .export import folder_bytes, write_card
         from .scorer import Scorer, load_tower
+        from .text_encoder import embed
 
-        everything, untoned = self.dataset(), self.dataset().untoned()
         pipe = StableDiffusionPipeline.from_pretrained(self.out, local_files_only=True, use_safetensors=True)
         folder = self.out / "text_encoder"
         encoder = AutoModel.from_pretrained(folder, dtype=torch.float32, local_files_only=True, use_safetensors=True)
         scorer = Scorer(load_tower(self.out / "scorer"), encoder, AutoTokenizer.from_pretrained(folder, local_files_only=True))
-        count = self.recipes.evaluation_prompts
-        figures, pictures = judge.evaluate_generator(pipe, scorer, untoned.focus(), untoned, count)
-        beyond, _ = judge.evaluate_generator(pipe, scorer, untoned, untoned, count // 3)
-        shown = torch.randperm(len(pictures["drawn"]), generator=torch.Generator().manual_seed(1))[:96]
-        judge.contact_sheet(pictures["real"][shown], pictures["drawn"][shown], self.out / "contact_sheet.png")
+        composer, limit = self.composer(), self.recipes.evaluation_prompts
+        known, unknown = benchmark()[:limit], benchmark(held_out=True)[:limit]
+        trained, drawn, real = judge.evaluate_scenes(pipe, scorer, known, composer, self.recipes.evaluation_images)
+        held_out, *_ = judge.evaluate_scenes(pipe, scorer, unknown, composer, self.recipes.evaluation_images)
+        self._sheets(judge, known, drawn, real)
         text = None
         if self.args.prompts:
             texts = _read_prompts(self.args.prompts)
             theirs = judge.teacher_embeddings(texts, self.args.teacher)
-            text = judge.evaluate_text(scorer.embed_texts(texts), theirs, self.args.prompts.stem)
+            text = judge.evaluate_text(embed(scorer.text_encoder, scorer.tokenizer, texts), theirs, self.args.prompts.stem)
         size = lambda module: sum(p.numel() for p in module.parameters())
+        stills = [name for name in scenes.names() if name not in scenes.held_out_names()][:limit]
         metrics = {
-            "machine": judge.machine(), "pictures": len(everything.captions), "captions": len(untoned.captions),
-            "codec": judge.evaluate_codec(pipe.vae, self.codec(), untoned.pictures()), "generator": figures,
-            "all_captions": beyond, "text": text,
+            "machine": judge.machine(), "pictures": len(self.dataset().captions), "names": len(scenes.names()),
+            "held_out_names": len(scenes.held_out_names()), "benchmark": {"trained": trained, "held_out": held_out},
+            "stills": judge.evaluate_stills(pipe, composer, stills), "blind": judge.blind_score(self.out), "text": text,
+            "codec": judge.evaluate_codec(pipe.vae, self.codec(), real.float() / 127.5 - 1),
             "training": {name: summary(self._run_path(name)) for name in ("text", "unet", "vae", "scorer")},
             "parameters": {"unet": size(pipe.unet), "vae": size(pipe.vae), "text_encoder": size(pipe.text_encoder),
                            "scorer": size(scorer.tower)},
             "bytes": folder_bytes(self.out),
         }
+        metrics["gate"] = judge.gate(trained, metrics["blind"])
         write_card(self.out, metrics)
-        print(json.dumps({k: metrics[k] for k in ("codec", "generator", "all_captions", "text")}, indent=2))
+        print(json.dumps({k: metrics[k] for k in ("gate", "codec", "benchmark", "stills", "text")}, indent=2))
+
+    def _sheets(self, judge, some: list[scenes.Scene], drawn, real) -> None:
+        """The contact sheet of the card; and pictures to be named blind, with the captions in another file."""
+        import torch
+
+        order = torch.randperm(len(drawn), generator=torch.Generator().manual_seed(1))
+        judge.contact_sheet(real[order[:96]], drawn[order[:96]], self.out / "contact_sheet.png")
+        blind = order[-32:]
+        judge.blind_sheet(drawn[blind], self.work / "blind.png")
+        rows = [{"caption": some[i // self.recipes.evaluation_images].caption, "answer": "", "right": False} for i in blind.tolist()]
+        told = {"unet_sha256": judge.unet_digest(self.out), "judge": "", "pictures": rows}
+        (self.work / "blind.json").write_text(json.dumps(told, ensure_ascii=False, indent=1) + "\n", encoding="utf8")
 
 
 def _read_prompts(path: Path) -> list[str]:

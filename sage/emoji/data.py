@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import json
 import re
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,6 @@ from tqdm import tqdm
 
 FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
 NAMES = Path("/usr/share/unicode/emoji/emoji-test.txt")
-FOCUS = Path(__file__).parent / "captions.txt"
 STRIKE = 109  # the only bitmap size in the font [px]
 CANVAS = 136  # a strike is 136 x 128; it is centred on a square of this side [px]
 _LINE = re.compile(r"^([0-9A-F ]+?)\s*; (\S+)\s*# (\S+) E([\d.]+) (.+)$")
@@ -38,10 +38,6 @@ class Emoji:
         return "".join(map(chr, self.codepoints))
 
     @property
-    def toned(self) -> bool:
-        return "skin tone" in self.name
-
-    @property
     def caption(self) -> str:
         """The name as a phrase: "flag: Peru" becomes "flag of Peru", "man: beard" "man with beard"."""
         kind, _, rest = self.name.partition(": ")
@@ -58,32 +54,20 @@ class Emoji:
 class Dataset:
     """Pictures and captions, row i of every member belonging together.
 
-    rgb: [N, 3, 32, 32] uint8 on white.  rgba: [N, 4, 64, 64] uint8, straight alpha, for composing scenes.
-    toned: [N] bool, true for skin-tone variants.
+    rgba: [N, 4, 64, 64] uint8, straight alpha.
     """
 
-    rgb: torch.Tensor
     rgba: torch.Tensor
-    toned: torch.Tensor
     captions: list[str]
     groups: list[str]
 
-    def untoned(self) -> "Dataset":
-        """The emoji without their skin-tone variants: what the generator and the scorer learn from."""
-        return self._rows((~self.toned).nonzero()[:, 0].tolist())
-
-    def focus(self) -> "Dataset":
-        """The emoji of captions.txt: those that the shipped generator draws well."""
-        wanted = set(FOCUS.read_text(encoding="utf8").splitlines())
-        return self._rows([i for i, caption in enumerate(self.captions) if caption in wanted])
+    def named(self, names: Sequence[str]) -> "Dataset":
+        """The emoji of these names, in their order."""
+        row = {caption: i for i, caption in enumerate(self.captions)}
+        return self._rows([row[name] for name in names])
 
     def _rows(self, rows: list[int]) -> "Dataset":
-        return Dataset(self.rgb[rows], self.rgba[rows], self.toned[rows],
-                       [self.captions[i] for i in rows], [self.groups[i] for i in rows])
-
-    def pictures(self) -> torch.Tensor:
-        """[N, 3, 32, 32] float32 in [-1, 1]."""
-        return self.rgb.float() / 127.5 - 1
+        return Dataset(self.rgba[rows], [self.captions[i] for i in rows], [self.groups[i] for i in rows])
 
 
 def parse_names(path: Path = NAMES) -> list[Emoji]:
@@ -125,18 +109,17 @@ def draw(text: str, font, background: tuple[int, int, int, int] = (255, 255, 255
     return canvas
 
 
-def render(font_path: Path = FONT, names_path: Path = NAMES, limit: int | None = None) -> Dataset:
+def render(font_path: Path = FONT, names_path: Path = NAMES, only: Collection[str] | None = None) -> Dataset:
     """Renders every emoji once. Of pixel-equal ones (territories that fly another country's flag) the shortest name
     stands, which is the country's; blanks are dropped.
 
-    Args: limit (int | None): keep every k-th emoji, so that about this many remain (for quick runs).
+    Args: only: the captions to render (for quick runs); None: all.
     """
     from PIL import Image
 
     font, rows = load_font(font_path), parse_names(names_path)
-    if limit is not None:
-        rows = rows[:: max(1, len(rows) // limit)]
-    seen, kept, rgb, rgba = {}, [], [], []
+    rows = [row for row in rows if only is None or row.caption in only]
+    seen, kept, rgba = {}, [], []
     for row in tqdm(rows, desc="data: render", unit="emoji"):
         opaque = draw(row.text, font).convert("RGB")
         pixels = np.asarray(opaque)
@@ -148,19 +131,17 @@ def render(font_path: Path = FONT, names_path: Path = NAMES, limit: int | None =
             continue
         seen[digest] = len(kept)
         kept.append(row)
-        rgb.append(np.asarray(opaque.resize((32, 32), Image.Resampling.LANCZOS)))
         clear = draw(row.text, font, (0, 0, 0, 0))
         rgba.append(np.asarray(clear.resize((64, 64), Image.Resampling.LANCZOS)))
-    stack = lambda images: torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
-    return Dataset(stack(rgb), stack(rgba), torch.tensor([row.toned for row in kept]),
-                   [row.caption for row in kept], [row.group for row in kept])
+    pictures = torch.from_numpy(np.stack(rgba)).permute(0, 3, 1, 2).contiguous()
+    return Dataset(pictures, [row.caption for row in kept], [row.group for row in kept])
 
 
 def save(dataset: Dataset, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     words = [{"caption": c, "group": g} for c, g in zip(dataset.captions, dataset.groups)]
     (folder / "captions.json").write_text(json.dumps(words, ensure_ascii=False, indent=0), encoding="utf8")
-    save_file({"rgb": dataset.rgb, "rgba": dataset.rgba, "toned": dataset.toned}, folder / "pictures.safetensors")
+    save_file({"rgba": dataset.rgba}, folder / "pictures.safetensors")
 
 
 def load(folder: Path) -> Dataset:
@@ -168,5 +149,4 @@ def load(folder: Path) -> Dataset:
         raise RuntimeError(f"emoji data: nothing in {folder}; run: python -m sage.emoji.build --stage data")
     tensors = load_file(folder / "pictures.safetensors")
     words = json.loads((folder / "captions.json").read_text(encoding="utf8"))
-    return Dataset(tensors["rgb"], tensors["rgba"], tensors["toned"],
-                   [w["caption"] for w in words], [w["group"] for w in words])
+    return Dataset(tensors["rgba"], [w["caption"] for w in words], [w["group"] for w in words])

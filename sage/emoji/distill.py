@@ -17,8 +17,7 @@ from tqdm import tqdm
 
 from .checkpoint import Run
 from .recipe import TextRecipe, annealed
-from .text_encoder import (SENTENCE_LENGTH, build_student, build_tokenizer, masked_mean, prune_vocabulary, teacher_folder,
-                           transplant)
+from .text_encoder import SENTENCE_LENGTH, build_student, build_tokenizer, masked_mean, prune_vocabulary, teacher_folder, transplant
 
 
 @dataclasses.dataclass

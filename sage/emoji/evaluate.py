@@ -1,41 +1,30 @@
 """Judges an exported folder: what the autoencoder loses, what the model draws, how near the encoder is to its teacher."""
 
+import hashlib
+import json
 import math
 import platform
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
+import torch.nn.functional as F
+
+from sage.embed import embed_prompts
+from sage.evaluation.bootstrap import interval
+from sage.evaluation.diversity import copies, pairwise_distance
+from sage.evaluation.matching import clip_scores, identification
+from sage.grouping import group
 
 from . import GUIDANCE_SCALE, NUM_INFERENCE_STEPS
 from .codec import PatchCodec, psnr
-from .data import Dataset
+from .scenes import Composer, Scene
 from .scorer import Scorer
 
 TAU = 0.6  # cosine from which two captions may share a group
-GROUP_LIMIT = 8
-
-
-def cliques(similarity: np.ndarray, tau: float = TAU, limit: int = GROUP_LIMIT) -> list[list[int]]:
-    """Groups in which every pair reaches tau, most similar pairs merged first; loners are groups of one.
-
-    Args: similarity (ndarray): [N, N] symmetric.
-    """
-    n = len(similarity)
-    member = {i: [i] for i in range(n)}
-    home = list(range(n))
-    rows, columns = np.nonzero(np.triu(similarity >= tau, 1))
-    order = np.argsort(-similarity[rows, columns], kind="stable")
-    for a, b in zip(rows[order], columns[order]):
-        a, b = home[a], home[b]
-        if a == b or len(member[a]) + len(member[b]) > limit:
-            continue
-        if similarity[np.ix_(member[a], member[b])].min() >= tau:
-            for i in member[b]:
-                home[i] = a
-            member[a] += member.pop(b)
-    return [sorted(group) for group in member.values()]
+GATE = {"identification": 0.7, "diversity_ratio": 0.9, "blind": 24 / 32}
+THUMBNAIL = 8  # side of the thumbnails that layouts are compared on [px]
 
 
 @torch.no_grad()
@@ -50,59 +39,71 @@ def evaluate_codec(vae, codec: PatchCodec, pictures: torch.Tensor) -> dict:
             "linear_psnr_db": round(psnr(codec.decode(codec.encode(pictures)), pictures), 2)}
 
 
-def draw(pipe, prompts: list[str], seed: int, steps: int = NUM_INFERENCE_STEPS, guidance: float = GUIDANCE_SCALE,
-         batch: int = 64) -> torch.Tensor:
-    """[N, 3, 32, 32] in [-1, 1], one picture per prompt; picture i depends on seed + i and its prompt only."""
-    pipe.set_progress_bar_config(disable=True)
-    out = []
-    for start in tqdm(range(0, len(prompts), batch), desc="evaluate: draw", unit="batch"):
-        part = prompts[start:start + batch]
-        generators = [torch.Generator().manual_seed(seed + start + i) for i in range(len(part))]
-        images = pipe(part, num_inference_steps=steps, guidance_scale=guidance, generator=generators,
-                      output_type="np").images
-        out.append(torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2) * 2 - 1)
-    return torch.cat(out)
+def draw(pipe, captions: Sequence[str], images_per_prompt: int, seed: int) -> torch.Tensor:
+    """uint8 [N · images_per_prompt, 3, 32, 32]: what `sage.generate` draws when nothing is shared, at the default steps."""
+    from sage.generation import generate
+
+    result = generate(pipe, list(captions), share=0, images_per_prompt=images_per_prompt, seed=seed, max_rows=128,
+                      num_inference_steps=NUM_INFERENCE_STEPS, guidance_scale=GUIDANCE_SCALE)
+    return torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in result.images])
 
 
-def identified(images: torch.Tensor, texts: torch.Tensor, groups: list[list[int]]) -> float:
-    """The share of pictures nearer to their own caption than to any other of their group.
+def picture_groups(captions: Sequence[str], images_per_prompt: int) -> list[list[int]]:
+    """Rows of pictures whose captions share a group, one picture of each: those that would share a trunk."""
+    groups = [g for g in group(embed_prompts(list(captions)).vectors, list(captions), TAU) if len(g) > 1]
+    return [[i * images_per_prompt + k for i in g] for g in groups for k in range(images_per_prompt)]
 
-    Args: images, texts (Tensor): [N, C] of norm 1, row i belonging together.
+
+def thumbnails(pictures: torch.Tensor) -> torch.Tensor:
+    """[N, 192] in [0, 1]: what is left of pictures at 8 x 8 px, their layout and colours."""
+    return F.adaptive_avg_pool2d(pictures.float() / 255, THUMBNAIL).flatten(1)
+
+
+def evaluate_scenes(pipe, scorer: Scorer, scenes: Sequence[Scene], composer: Composer, images_per_prompt: int,
+                    seed: int = 0) -> tuple[dict, torch.Tensor, torch.Tensor]:
+    """Draws scenes independently and judges them beside real pictures of the same captions.
+
+    Returns: {"drawn": figures, "real": figures, "diversity_ratio", "layout_ratio", "copies", and what was asked for}, and the drawn and
+        the real pictures. `copies` is the share of drawn ones whose nearest real picture, of eight a caption, shows other emoji than
+        the caption names.
     """
-    right = [int((texts[g] @ images[i]).argmax()) == g.index(i) for g in groups for i in g]
-    return sum(right) / len(right)
+    captions = [scene.caption for scene in scenes]
+    repeated = [scene for scene in scenes for _ in range(images_per_prompt)]
+    groups = picture_groups(captions, images_per_prompt)
+    texts = scorer.embed_texts([scene.caption for scene in repeated])
+    compose = lambda number, some: ((composer(some, torch.Generator().manual_seed(number)) + 1) * 127.5).round().to(torch.uint8)
+    pictures = {"drawn": draw(pipe, captions, images_per_prompt, seed), "real": compose(seed + 1, repeated)}
+    found = {name: _figures(scorer, some, texts, groups) for name, some in pictures.items()}
+    shown = [scene for scene in scenes for _ in range(8)]
+    near = copies(scorer.image_features(pictures["drawn"]), scorer.image_features(compose(seed + 2, shown)),
+                  [_content(scene) for scene in shown], [_content(scene) for scene in repeated])
+    ratio = lambda name: round(found["drawn"][name]["value"] / found["real"][name]["value"], 4)
+    figures = found | {"prompts": len(scenes), "images_per_prompt": images_per_prompt, "seed": seed, "steps": NUM_INFERENCE_STEPS,
+                       "guidance": GUIDANCE_SCALE, "diversity_ratio": ratio("diversity"), "layout_ratio": ratio("layout"),
+                       "copies": round(near.share, 4)}
+    return figures, pictures["drawn"], pictures["real"]
 
 
-def evaluate_generator(pipe, scorer: Scorer, dataset: Dataset, pool: Dataset, prompts: int,
-                       seed: int = 0) -> tuple[dict, dict]:
-    """Draws the captions of whole groups of `dataset`, chosen at random, until `prompts` are reached.
+def _content(scene: Scene) -> str:
+    return ", ".join(sorted(scene.names))
 
-    Args: pool: whose pictures a drawn one is compared with; holds those of `dataset`.
-    Returns: the figures, and {"drawn", "real"} for a contact sheet.
-    """
-    texts = scorer.embed_texts(dataset.captions)
-    grouped = [g for g in cliques((texts @ texts.T).numpy()) if len(g) > 1]
-    order = torch.randperm(len(grouped), generator=torch.Generator().manual_seed(seed)).tolist()
-    chosen, rows = [], []
-    for index in order:
-        if len(rows) >= prompts:
-            break
-        chosen.append(list(range(len(rows), len(rows) + len(grouped[index]))))
-        rows += grouped[index]
-    real, words = dataset.pictures()[rows], texts[rows]
-    drawn = draw(pipe, [dataset.captions[i] for i in rows], seed)
-    ours, theirs = scorer.embed_images(drawn), scorer.embed_images(real)
-    nearest = torch.cdist(drawn.flatten(1), pool.pictures().flatten(1)).argmin(1).tolist()
-    own = [pool.captions[near] == dataset.captions[i] for near, i in zip(nearest, rows)]
-    figures = {
-        "prompts": len(rows), "groups": len(chosen), "steps": NUM_INFERENCE_STEPS, "guidance": GUIDANCE_SCALE, "seed": seed,
-        "chance": len(chosen) / len(rows), "identification_drawn": identified(ours, words, chosen),
-        "identification_real": identified(theirs, words, chosen), "cosine_drawn": float((ours * words).sum(1).mean()),
-        "cosine_real": float((theirs * words).sum(1).mean()), "nearest_is_own": sum(own) / len(own),
-        "captions": len(texts), "captions_grouped": sum(map(len, grouped)) / len(texts),
-    }
-    rounded = {k: round(v, 4) if isinstance(v, float) else v for k, v in figures.items()}
-    return rounded, {"drawn": drawn, "real": real}
+
+def _figures(scorer: Scorer, pictures: torch.Tensor, texts: torch.Tensor, groups: list[list[int]]) -> dict:
+    images = scorer.embed_images(pictures)
+    named = identification(images, texts, groups)
+    diversity, layout = (pairwise_distance(x, groups) for x in (scorer.image_features(pictures), thumbnails(pictures)))
+    estimates = {"identification": interval(named.right, named.groups), "score": interval(clip_scores(images, texts), groups),
+                 "diversity": interval(diversity.values, diversity.singles), "layout": interval(layout.values, layout.singles)}
+    rounded = {name: {k: round(v, 4) if isinstance(v, float) else v for k, v in x.as_json().items()} for name, x in estimates.items()}
+    return rounded | {"chance": round(named.chance, 4)}
+
+
+def evaluate_stills(pipe, composer: Composer, names: Sequence[str], seed: int = 0) -> dict:
+    """Names alone: the share of drawn pictures whose nearest real still, by pixels, is that of their name."""
+    drawn = draw(pipe, names, 1, seed).float().flatten(1)
+    real = ((composer([Scene((name,), still=True) for name in names], torch.Generator()) + 1) * 127.5).flatten(1)
+    own = torch.cdist(drawn, real).argmin(1) == torch.arange(len(names))
+    return {"names": len(names), "nearest_is_own": round(float(own.double().mean()), 4)}
 
 
 def spearman(a: np.ndarray, b: np.ndarray) -> float:
@@ -117,7 +118,8 @@ def evaluate_text(ours: torch.Tensor, teachers: torch.Tensor, source: str) -> di
     upper = np.triu_indices(len(mine), 1)
     near, wanted = mine[upper] >= TAU, theirs[upper] >= TAU
     hits = int((near & wanted).sum())
-    my_groups, their_groups = cliques(mine), cliques(theirs)
+    keys = [str(i) for i in range(len(mine))]
+    my_groups, their_groups = (group(x.numpy(), keys, TAU) for x in (ours, teachers))
     mine_of = {i: set(g) for g in my_groups for i in g}
     grouped = [(i, set(g)) for g in their_groups if len(g) > 1 for i in g]
     mates = [len(mine_of[i] & g) > 1 for i, g in grouped]
@@ -141,19 +143,57 @@ def teacher_embeddings(texts: list[str], folder: Path | None) -> torch.Tensor:
 
 
 def contact_sheet(real: torch.Tensor, drawn: torch.Tensor, path: Path, columns: int = 16, scale: int = 2) -> None:
-    """Real pictures above, drawn ones below, `columns` to a row; both [N, 3, H, W] in [-1, 1]."""
+    """Real pictures above, drawn ones below, `columns` to a row; both uint8 [N, 3, H, W]."""
     from PIL import Image
 
     side, gap = real.shape[2], 2
     lines = math.ceil(len(real) / columns)
     sheet = np.full((lines * 2 * (side + gap), columns * (side + gap), 3), 200, np.uint8)
     for offset, pictures in ((0, real), (1, drawn)):
-        pixels = ((pictures.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+        pixels = pictures.permute(0, 2, 3, 1).numpy()
         for k, pixel in enumerate(pixels):
             y, x = (2 * (k // columns) + offset) * (side + gap), (k % columns) * (side + gap)
             sheet[y:y + side, x:x + side] = pixel
     image = Image.fromarray(sheet)
     image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST).save(path, optimize=True)
+
+
+def blind_sheet(pictures: torch.Tensor, path: Path, columns: int = 8, scale: int = 6) -> None:
+    """Numbered pictures and nothing else, for somebody who has not seen the captions."""
+    from PIL import Image, ImageDraw
+
+    side = pictures.shape[2] * scale
+    cell = side + 22
+    sheet = Image.new("RGB", (columns * cell, math.ceil(len(pictures) / columns) * cell), "white")
+    pen = ImageDraw.Draw(sheet)
+    for k, picture in enumerate(pictures):
+        x, y = (k % columns) * cell, (k // columns) * cell
+        pen.text((x + 4, y + 4), str(k + 1), fill="black")
+        image = Image.fromarray(picture.permute(1, 2, 0).numpy()).resize((side, side), Image.Resampling.BICUBIC)
+        sheet.paste(image, (x + 2, y + 20))
+    sheet.save(path, optimize=True)
+
+
+def blind_score(folder: Path) -> dict | None:
+    """What blind.json says, if it is about the weights in `folder`: {"right", "of", "judge"}."""
+    path = folder / "blind.json"
+    if not path.is_file():
+        return None
+    told = json.loads(path.read_text(encoding="utf8"))
+    if told["unet_sha256"] != unet_digest(folder):
+        return None
+    return {"right": sum(row["right"] for row in told["pictures"]), "of": len(told["pictures"]), "judge": told["judge"]}
+
+
+def unet_digest(folder: Path) -> str:
+    return hashlib.sha256((folder / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()).hexdigest()
+
+
+def gate(trained: dict, blind: dict | None) -> dict:
+    """Whether the model is good enough to measure sharing on; every claim of quality stands on it."""
+    found = {"identification": trained["drawn"]["identification"]["value"], "diversity_ratio": trained["diversity_ratio"],
+             "blind": None if blind is None else blind["right"] / blind["of"]}
+    return {name: {"wanted": GATE[name], "found": value, "met": value is not None and value >= GATE[name]} for name, value in found.items()}
 
 
 def machine() -> str:

@@ -11,6 +11,8 @@ def annealed(step: int, start: int, steps: int) -> float:
 @dataclasses.dataclass(frozen=True)
 class VaeRecipe:
     seed: int = 11
+    scenes: int = 16_000
+    stills: float = 0.2
     steps: int = 750
     anneal_from: int = 600
     batch: int = 32
@@ -47,13 +49,12 @@ class TextRecipe:
 @dataclasses.dataclass(frozen=True)
 class UnetRecipe:
     seed: int = 1
-    steps: int = 5600
-    focus_from: int = 1750  # up to here every caption is drawn from, then only those of captions.txt
-    batch: int = 24
+    scenes: int = 16_000  # drawn once; their pictures are composed anew each time
+    stills: float = 0.15  # the share of single emoji on white among them
+    steps: int = 5000
+    batch: int = 48
     lr: float = 1e-3
-    # (step, factor on lr), linear in between: warm-up, full rate, two descents; then up once more and slowly down.
-    lr_knots: tuple[tuple[int, float], ...] = (
-        (0, 0.01), (99, 1.0), (2300, 1.0), (2750, 0.4375), (3350, 0.02), (3450, 0.4), (5600, 0.02))
+    lr_knots: tuple[tuple[int, float], ...] = ((0, 0.01), (99, 1.0), (3000, 1.0), (5000, 0.02))  # (step, factor), linear in between
     caption_drop: float = 0.1  # the share of captions replaced by "", for classifier-free guidance
     channels: tuple[int, ...] = (64, 128)
     head: int = 32
@@ -65,24 +66,28 @@ class UnetRecipe:
 @dataclasses.dataclass(frozen=True)
 class ScorerRecipe:
     seed: int = 23  # not the generator's
-    steps: int = 240
+    scenes: int = 16_000
+    stills: float = 0.1
+    steps: int = 500
     batch: int = 128
     width: int = 28
     lr: float = 2e-3
     weight_decay: float = 0.05
-    warmup: int = 20
+    warmup: int = 50
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipes:
-    """All of them. emoji: how many are rendered (None: every one).  evaluation_prompts: how many are drawn and judged."""
+    """All of them. codec_pictures: what the patch code is fitted to.  evaluation_prompts, evaluation_images: most of the benchmark's
+    prompts that are drawn and judged, and pictures of each."""
 
     text: TextRecipe = TextRecipe()
     unet: UnetRecipe = UnetRecipe()
     vae: VaeRecipe = VaeRecipe()
     scorer: ScorerRecipe = ScorerRecipe()
-    emoji: int | None = None
-    evaluation_prompts: int = 160
+    codec_pictures: int = 6_000
+    evaluation_prompts: int | None = None
+    evaluation_images: int = 2
 
 
 def full() -> Recipes:
@@ -94,5 +99,5 @@ def quick() -> Recipes:
     """A minute on two cores: proves the chain, not the model."""
     return Recipes(
         text=TextRecipe(definitions=100, examples=100, names=100, prompts=200, vocabulary=2500, steps=4, anneal_from=2),
-        unet=UnetRecipe(steps=4, focus_from=2, batch=8), vae=VaeRecipe(steps=4, batch=8, anneal_from=2),
-        scorer=ScorerRecipe(steps=4, batch=32), emoji=150, evaluation_prompts=8)
+        unet=UnetRecipe(scenes=200, steps=4, batch=8), vae=VaeRecipe(scenes=200, steps=4, batch=8, anneal_from=2),
+        scorer=ScorerRecipe(scenes=200, steps=4, batch=32), codec_pictures=200, evaluation_prompts=12)

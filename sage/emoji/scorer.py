@@ -1,19 +1,22 @@
 """The judge: an image tower trained contrastively against the text encoder's sentence embeddings.
 
 It says how well a picture fits a caption (a cosine, read like a CLIP score) and gives features for distances between
-sets of pictures. It shares neither weights nor seed with the generator, but both have seen the same pictures.
+sets of pictures. It shares neither weights nor seed with the generator, but both have seen scenes of the same emoji.
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from .checkpoint import Run
 from .recipe import ScorerRecipe
+
+MAX_LOG_TEMPERATURE = 4.0
 
 
 class _Block(nn.Module):
@@ -33,7 +36,10 @@ class _Block(nn.Module):
 
 
 class ImageTower(nn.Module):
-    """Pictures to points beside the captions' embeddings.
+    """Pictures and captions to points in one space.
+
+    The captions' embeddings come from the text encoder; one linear map of them is learned with the tower, since what tells two
+    captions of a group apart is little of what the encoder keeps.
 
     Args: width (int): channels after the stem; features are 8 * width wide.  dim (int): width of the embeddings.
     """
@@ -45,6 +51,8 @@ class ImageTower(nn.Module):
                                     _Block(4 * width, 4 * width, 1), _Block(4 * width, 8 * width, 2))
         self.norm = nn.BatchNorm2d(8 * width)
         self.project = nn.Linear(8 * width, dim)
+        self.project_text = nn.Linear(dim, dim, bias=False)
+        nn.init.eye_(self.project_text.weight)
         self.log_temperature = nn.Parameter(torch.tensor(2.6))
 
     def features(self, pictures: torch.Tensor) -> torch.Tensor:
@@ -54,6 +62,10 @@ class ImageTower(nn.Module):
     def forward(self, pictures: torch.Tensor) -> torch.Tensor:
         """[N, 3, 32, 32] in [-1, 1] to [N, dim] of norm 1."""
         return F.normalize(self.project(self.features(pictures)), dim=1)
+
+    def texts(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """[N, dim], the text encoder's sentence embeddings, to [N, dim] of norm 1."""
+        return F.normalize(self.project_text(embeddings), dim=1)
 
 
 class Scorer:
@@ -92,54 +104,49 @@ class Scorer:
         """[N, 224] float32, for distances between sets of pictures."""
         return torch.cat([self.tower.features(part) for part in self.to_tensor(images).split(batch)])
 
+    @torch.no_grad()
     def embed_texts(self, texts: list[str]) -> torch.Tensor:
-        """[N, 256] float32 of norm 1; the text encoder's own sentence embeddings."""
+        """[N, 256] float32 of norm 1, beside pictures; not the sentence embeddings that prompts are grouped by."""
         from .text_encoder import embed
 
-        return embed(self.text_encoder, self.tokenizer, texts)
+        return self.tower.texts(embed(self.text_encoder, self.tokenizer, texts))
 
 
 def augment(pictures: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Shift, turn, zoom, blur, tint and noise: what a generator's pictures may differ in without being wrong.
-
-    Mirroring is left out: a left arrow is not a right arrow.
-    """
-    n = len(pictures)
+    """Shift, blur, tint and noise: what a generator's pictures may differ in without being wrong."""
+    n, _, h, w = pictures.shape
     uniform = lambda *shape: torch.rand(*shape, generator=generator)
     normal = lambda *shape: torch.randn(*shape, generator=generator)
-    angle, scale = (uniform(n) - 0.5) * 0.3 * (uniform(n) < 0.5), 1 + (uniform(n) - 0.5) * 0.2 * (uniform(n) < 0.5)
-    shift = (uniform(n, 2) - 0.5) * 0.3
-    matrix = torch.zeros(n, 2, 3)
-    matrix[:, 0, 0] = matrix[:, 1, 1] = scale * angle.cos()
-    matrix[:, 0, 1], matrix[:, 1, 0] = -scale * angle.sin(), scale * angle.sin()
-    matrix[:, :, 2] = shift
-    grid = F.affine_grid(matrix, list(pictures.shape), align_corners=False)
-    x = F.grid_sample(pictures - 1, grid, align_corners=False) + 1  # the ground outside is white
+    dy, dx = torch.randint(0, 5, (2, n), generator=generator)
+    rows, columns = (d[:, None] + torch.arange(side) for d, side in ((dy, h), (dx, w)))
+    padded = F.pad(pictures, (2,) * 4, mode="replicate")
+    x = padded[torch.arange(n)[:, None, None, None], torch.arange(3)[None, :, None, None], rows[:, None, :, None], columns[:, None, None, :]]
     blurred = F.avg_pool2d(F.pad(x, (1,) * 4, mode="replicate"), 3, 1)
     x = torch.lerp(x, blurred, uniform(n, 1, 1, 1) * (uniform(n, 1, 1, 1) < 0.4))
-    x = (x + 0.05 * normal(n, 1, 1, 1) + 0.05 * normal(n, 3, 1, 1)) * (1 + 0.1 * normal(n, 1, 1, 1))
-    x = x + 0.2 * uniform(n, 1, 1, 1) * (uniform(n, 1, 1, 1) < 0.5) * normal(*x.shape)
+    x = (x + 0.05 * normal(n, 1, 1, 1) + 0.04 * normal(n, 3, 1, 1)) * (1 + 0.1 * normal(n, 1, 1, 1))
+    x = x + 0.15 * uniform(n, 1, 1, 1) * (uniform(n, 1, 1, 1) < 0.5) * normal(*x.shape)
     return x.clamp(-1.2, 1.2)
 
 
-def train_scorer(pictures: torch.Tensor, embeddings: torch.Tensor, recipe: ScorerRecipe, path: Path,
-                 save_every: int = 200) -> ImageTower:
+def train_scorer(draw: Callable[[int, torch.Generator], tuple[torch.Tensor, torch.Tensor]], dim: int, recipe: ScorerRecipe, path: Path,
+                 save_every: int = 50) -> ImageTower:
     """Trains from scratch, or from the checkpoint at `path`.
 
-    Args: pictures: [N, 3, 32, 32] float32 in [-1, 1].  embeddings: [N, C] float32 of norm 1, their captions'.
+    Args:
+        draw: (count, generator) to (pictures [count, 3, 32, 32] float32 in [-1, 1], rows of no two equal captions; embeddings
+            [count, dim] float32 of norm 1, their captions').
     """
     torch.manual_seed(recipe.seed)
     generator = torch.Generator().manual_seed(recipe.seed)
-    tower = ImageTower(recipe.width, embeddings.shape[1]).to(memory_format=torch.channels_last).train()
+    tower = ImageTower(recipe.width, dim).to(memory_format=torch.channels_last).train()
     optimizer = torch.optim.AdamW(tower.parameters(), recipe.lr, weight_decay=recipe.weight_decay, fused=True)
     run = Run(path, "scorer", recipe, {"tower": tower}, optimizer, generator, save_every)
-    size = min(recipe.batch, len(pictures))
-    target = torch.arange(size)
+    target = torch.arange(recipe.batch)
     for step in run:
         run.set_lr(recipe.lr * min(1.0, (step + 1) / recipe.warmup) * max(0.01, 1 - step / recipe.steps))
-        rows = torch.randperm(len(pictures), generator=generator)[:size]
-        seen = augment(pictures[rows], generator).contiguous(memory_format=torch.channels_last)
-        logits = tower(seen) @ embeddings[rows].T * tower.log_temperature.exp()
+        pictures, embeddings = draw(recipe.batch, generator)
+        seen = augment(pictures, generator).contiguous(memory_format=torch.channels_last)
+        logits = tower(seen) @ tower.texts(embeddings).T * tower.log_temperature.clamp(max=MAX_LOG_TEMPERATURE).exp()
         loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
         loss.backward()
         optimizer.step()

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from .recipe import TextRecipe
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-PROMPT_LENGTH = 16  # what the pipeline's tokenizer pads to and the denoiser attends to
+PROMPT_LENGTH = 24  # what the pipeline's tokenizer pads to and the denoiser attends to
 SENTENCE_LENGTH = 64  # what the encoder has positions for
 
 
@@ -143,7 +143,7 @@ def embed(model, tokenizer, texts: list[str], batch: int = 256) -> torch.Tensor:
 
 @torch.no_grad()
 def prompt_states(model, tokenizer, texts: list[str], batch: int = 256) -> torch.Tensor:
-    """What the denoiser attends to, exactly as the pipeline computes it: [N, 16, C] float32."""
+    """What the denoiser attends to, exactly as the pipeline computes it: [N, 24, C] float32."""
     out = []
     for start in range(0, len(texts), batch):
         inputs = tokenizer(texts[start:start + batch], padding="max_length", truncation=True,

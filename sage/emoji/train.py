@@ -6,6 +6,8 @@ cosine schedule and a tenth of the passes the same network draws only the class 
 """
 
 import copy
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -13,37 +15,47 @@ import torch
 import torch.nn.functional as F
 
 from .checkpoint import Run
-from .codec import CHANNELS
+from .codec import CHANNELS, PatchCodec
 from .recipe import UnetRecipe
+from .scenes import Composer, Scene
 
 TIMESTEPS = 1000
 
 
-class Stills:
-    """Every caption has one picture. A richer source (composed scenes) needs `states` and `draw` only.
+class SceneSource:
+    """Pictures of scenes, composed as they are asked for, with what the denoiser attends to.
 
-    states: [captions, 16, C] float32, what the denoiser attends to.  focus: [F] int64, the rows to end on.
+    Args: scenes: what is drawn from.  states: [captions, L, C] float16, the text encoder's, of the distinct captions in order of
+        appearance.  composer, codec: make latents of a scene.
     """
 
-    def __init__(self, latents: torch.Tensor, states: torch.Tensor, focus: torch.Tensor):
-        self.latents, self.states, self.focus = latents, states, focus
+    def __init__(self, scenes: Sequence[Scene], states: torch.Tensor, composer: Composer, codec: PatchCodec):
+        self.scenes, self.states, self.composer, self.codec = scenes, states, composer, codec
+        captions = distinct_captions(scenes)
+        row = {caption: i for i, caption in enumerate(captions)}
+        self._rows = torch.tensor([row[scene.caption] for scene in scenes])
+        if len(states) != len(captions):
+            raise ValueError(f"SceneSource: states: wanted one for each of {len(captions)} captions, got {len(states)}")
 
-    def draw(self, count: int, focused: bool, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-        """(latents [count, 16, 8, 8], caption rows [count] int64), drawn with replacement."""
-        rows = torch.randint(0, len(self.focus) if focused else len(self.latents), (count,), generator=generator)
-        rows = self.focus[rows] if focused else rows
-        return self.latents[rows], rows
+    def draw(self, count: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        """(latents [count, 16, 8, 8], states [count, L, C]), scenes drawn with replacement."""
+        picked = torch.randint(0, len(self.scenes), (count,), generator=generator)
+        pictures = self.composer([self.scenes[i] for i in picked], generator)
+        return self.codec.encode(pictures), self.states[self._rows[picked]].float()
+
+
+def distinct_captions(scenes: Sequence[Scene]) -> list[str]:
+    return list(dict.fromkeys(scene.caption for scene in scenes))
 
 
 def build_unet(recipe: UnetRecipe, condition_width: int):
+    """Attention at 4 x 4 only: at 8 x 8 it would take half of the time."""
     from diffusers import UNet2DConditionModel
 
-    depth = len(recipe.channels)
     return UNet2DConditionModel(
-        sample_size=8, in_channels=CHANNELS, out_channels=CHANNELS, block_out_channels=recipe.channels,
-        layers_per_block=1, down_block_types=("CrossAttnDownBlock2D",) * depth,
-        up_block_types=("CrossAttnUpBlock2D",) * depth, cross_attention_dim=condition_width,
-        attention_head_dim=recipe.head)
+        sample_size=8, in_channels=CHANNELS, out_channels=CHANNELS, block_out_channels=recipe.channels, layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=condition_width, attention_head_dim=recipe.head)
 
 
 def build_scheduler(recipe: UnetRecipe):
@@ -62,10 +74,44 @@ def alphas_cumprod(recipe: UnetRecipe) -> torch.Tensor:
     return torch.cumprod(1 - betas, 0).float()
 
 
-def train_unet(source: Stills, null_states: torch.Tensor, recipe: UnetRecipe, path: Path, save_every: int = 250):
+class Shards:
+    """Forward and backward over equal parts of a batch, one part a thread.
+
+    Threads inside the operations of a network this small mostly wait for each other, so those are turned off, for the whole process.
+
+    Args: model: its gradients are those of the mean loss over the batch.  count: parts, which share the model's weights.
+    """
+
+    def __init__(self, model: torch.nn.Module, count: int):
+        self.models = [model] + [copy.deepcopy(model) for _ in range(count - 1)]
+        for replica in self.models[1:]:
+            for own, shared in zip(replica.parameters(), model.parameters()):
+                own.data = shared.data
+        torch.set_num_threads(1)
+        self._pool = ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,))
+
+    def backward(self, sample: torch.Tensor, t: torch.Tensor, states: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """Adds to the gradients of the model. Returns the mean loss."""
+        count, n = len(self.models), len(sample)
+
+        def part(k: int) -> torch.Tensor:
+            rows = slice(n * k // count, n * (k + 1) // count)
+            loss = F.mse_loss(self.models[k](sample[rows], t[rows], states[rows]).sample, target[rows]) * (rows.stop - rows.start) / n
+            loss.backward()
+            return loss.detach()
+
+        losses = list(self._pool.map(part, range(count)))
+        for replica in self.models[1:]:
+            for own, shared in zip(replica.parameters(), self.models[0].parameters()):
+                shared.grad += own.grad
+                own.grad = None
+        return sum(losses)
+
+
+def train_unet(source: SceneSource, null_states: torch.Tensor, recipe: UnetRecipe, path: Path, save_every: int = 250):
     """Trains from scratch, or from the checkpoint at `path`.
 
-    Args: null_states (Tensor): [1, 16, C], the states of the empty caption.
+    Args: null_states (Tensor): [1, L, C], the states of the empty caption.
     Returns: the averaged UNet2DConditionModel, in eval mode.
     """
     torch.manual_seed(recipe.seed)
@@ -75,10 +121,10 @@ def train_unet(source: Stills, null_states: torch.Tensor, recipe: UnetRecipe, pa
     weights, averaged = list(model.parameters()), list(average.parameters())
     optimizer = torch.optim.AdamW(weights, recipe.lr, weight_decay=0.01, betas=(0.9, 0.99), fused=True)
     run = Run(path, "unet", recipe, {"model": model, "average": average}, optimizer, generator, save_every)
-    level, n = alphas_cumprod(recipe), recipe.batch
+    level, n, shards = alphas_cumprod(recipe), recipe.batch, Shards(model, torch.get_num_threads())
     for step in run:
         run.set_lr(recipe.lr * float(np.interp(step, *zip(*recipe.lr_knots))))
-        x0, rows = source.draw(n, step >= recipe.focus_from, generator)
+        x0, states = source.draw(n, generator)
         noise = torch.randn(x0.shape, generator=generator)
         # One timestep from each of n equal strata: the loss's variance over t goes.
         offset = torch.rand(1, generator=generator)
@@ -86,10 +132,9 @@ def train_unet(source: Stills, null_states: torch.Tensor, recipe: UnetRecipe, pa
         t = t[torch.randperm(n, generator=generator)]
         alpha, sigma = level[t].sqrt()[:, None, None, None], (1 - level[t]).sqrt()[:, None, None, None]
         dropped = torch.rand(n, generator=generator) < recipe.caption_drop
-        states = torch.where(dropped[:, None, None], null_states, source.states[rows])
+        states = torch.where(dropped[:, None, None], null_states, states)
         sample = (alpha * x0 + sigma * noise).contiguous(memory_format=torch.channels_last)
-        loss = F.mse_loss(model(sample, t, states).sample, alpha * noise - sigma * x0)
-        loss.backward()
+        loss = shards.backward(sample, t, states, alpha * noise - sigma * x0)
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
         optimizer.zero_grad()

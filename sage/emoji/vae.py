@@ -5,6 +5,7 @@ neighbouring patches, so it also beats the linear one.
 """
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -26,22 +27,11 @@ def build_vae(recipe: VaeRecipe):
         norm_num_groups=recipe.norm_groups, sample_size=32, mid_block_add_attention=False, scaling_factor=1.0)
 
 
-def augment(pictures: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Random mirror and shift by up to 3 px on the white ground: patches meet the grid at every phase."""
-    n, _, h, w = pictures.shape
-    mirrored = torch.rand(n, generator=generator) < 0.5
-    pictures = torch.where(mirrored[:, None, None, None], pictures.flip(3), pictures)
-    padded = F.pad(pictures, (3,) * 4, value=1.0)
-    dy, dx = torch.randint(0, 7, (2, n), generator=generator)
-    rows = (dy[:, None] + torch.arange(h))[:, None, :, None]
-    columns = (dx[:, None] + torch.arange(w))[:, None, None, :]
-    return padded[torch.arange(n)[:, None, None, None], torch.arange(3)[None, :, None, None], rows, columns]
-
-
-def train_vae(pictures: torch.Tensor, codec: PatchCodec, recipe: VaeRecipe, path: Path, save_every: int = 200):
+def train_vae(draw: Callable[[int, torch.Generator], torch.Tensor], codec: PatchCodec, recipe: VaeRecipe, path: Path,
+              save_every: int = 50):
     """Trains from scratch, or from the checkpoint at `path`.
 
-    Args: pictures (Tensor): [N, 3, 32, 32] float32 in [-1, 1].  codec: defines the latents.
+    Args: draw: (count, generator) to pictures [count, 3, 32, 32] float32 in [-1, 1].  codec: defines the latents.
     Returns: the averaged AutoencoderKL, in eval mode.
     """
     torch.manual_seed(recipe.seed)
@@ -53,8 +43,7 @@ def train_vae(pictures: torch.Tensor, codec: PatchCodec, recipe: VaeRecipe, path
     for step in run:
         warm = min(1.0, (step + 1) / recipe.warmup)
         run.set_lr(recipe.lr * warm * annealed(step, recipe.anneal_from, recipe.steps))
-        picked = torch.randint(0, len(pictures), (recipe.batch,), generator=generator)
-        x = augment(pictures[picked], generator)
+        x = draw(recipe.batch, generator)
         latents = codec.encode(x)
         posterior = model.encode(x.contiguous(memory_format=torch.channels_last)).latent_dist
         noisy = latents + recipe.latent_noise * torch.randn(latents.shape, generator=generator)
