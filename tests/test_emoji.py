@@ -321,6 +321,7 @@ def test_checkpoint_of_another_recipe_is_refused(tmp_path):
         _train(tmp_path / "toy.safetensors", 6)
 
 
+@pytest.mark.deep
 def test_whole_chain(tmp_path):
     """Every stage in miniature; the folder that comes out loads and draws."""
     try:

@@ -208,7 +208,8 @@ class Evaluation:
         write_atomic(self.folder.path / "table.md", table(results))
         _write_plot(results, self.folder.path / "plot.png")
         several = len(self.request.solvers) > 1
-        write_sheets(self.folder, [(method, _sheet_name(method, several)) for method in dict.fromkeys(self.sheets)], asked)
+        drawn = sorted(dict.fromkeys(self.sheets), key=lambda method: (method.solver, method.kind != "independent", -method.steps))
+        write_sheets(self.folder, [(method, _sheet_name(method, several)) for method in drawn], asked)
         self._write("evaluation.json", {**self.record, "state": "complete"})
         return results
 
