@@ -175,6 +175,7 @@ class Build:
         export(self.out, unet=self.averaged("unet", build_unet(self.recipes.unet, width)),
                vae=self.averaged("vae", build_vae(self.recipes.vae)), text_encoder=encoder, tokenizer=tokenizer,
                tower=self.averaged("scorer", ImageTower(self.recipes.scorer.width, width)), unet_recipe=self.recipes.unet)
+        self.codec().save(self.out / "codec.safetensors")
         save_sprites(self.dataset().named(scenes.names()).rgba, self.out / "sprites.png")
         print(f"export: {self.out}, {folder_bytes(self.out) / 1e6:.1f} MB")
 

@@ -114,7 +114,7 @@ Captions of the benchmark at random; in each pair of rows real pictures are abov
 {parts}
 
 {megabytes} MB in all, float16 safetensors (BatchNorm statistics in float32); pipelines load in float32 by default.
-Latents are 8 x 8 x 16: a fixed linear code of 4 x 4 patches, which the AutoencoderKL was taught to read and write.
+Latents are 8 x 8 x 16: a fixed linear code of 4 x 4 patches (`codec.safetensors`), which the AutoencoderKL was taught to read and write.
 The scheduler is DDIM with v-prediction on Stable Diffusion's scaled-linear schedule, trailing timesteps. `sprites.png` holds the
 {names} emoji that scenes are composed of: `sage.emoji.real_pictures` draws as many real pictures of any scene as are wanted.
 
