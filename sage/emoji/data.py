@@ -59,7 +59,6 @@ class Dataset:
 
     rgba: torch.Tensor
     captions: list[str]
-    groups: list[str]
 
     def named(self, names: Sequence[str]) -> "Dataset":
         """The emoji of these names, in their order."""
@@ -67,7 +66,7 @@ class Dataset:
         return self._rows([row[name] for name in names])
 
     def _rows(self, rows: list[int]) -> "Dataset":
-        return Dataset(self.rgba[rows], [self.captions[i] for i in rows], [self.groups[i] for i in rows])
+        return Dataset(self.rgba[rows], [self.captions[i] for i in rows])
 
 
 def parse_names(path: Path = NAMES) -> list[Emoji]:
@@ -134,13 +133,12 @@ def render(font_path: Path = FONT, names_path: Path = NAMES, only: Collection[st
         clear = draw(row.text, font, (0, 0, 0, 0))
         rgba.append(np.asarray(clear.resize((64, 64), Image.Resampling.LANCZOS)))
     pictures = torch.from_numpy(np.stack(rgba)).permute(0, 3, 1, 2).contiguous()
-    return Dataset(pictures, [row.caption for row in kept], [row.group for row in kept])
+    return Dataset(pictures, [row.caption for row in kept])
 
 
 def save(dataset: Dataset, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    words = [{"caption": c, "group": g} for c, g in zip(dataset.captions, dataset.groups)]
-    (folder / "captions.json").write_text(json.dumps(words, ensure_ascii=False, indent=0), encoding="utf8")
+    (folder / "captions.json").write_text(json.dumps(dataset.captions, ensure_ascii=False, indent=0), encoding="utf8")
     save_file({"rgba": dataset.rgba}, folder / "pictures.safetensors")
 
 
@@ -148,5 +146,4 @@ def load(folder: Path) -> Dataset:
     if not (folder / "pictures.safetensors").is_file():
         raise RuntimeError(f"emoji data: nothing in {folder}; run: python -m sage.emoji.build --stage data")
     tensors = load_file(folder / "pictures.safetensors")
-    words = json.loads((folder / "captions.json").read_text(encoding="utf8"))
-    return Dataset(tensors["rgba"], [w["caption"] for w in words], [w["group"] for w in words])
+    return Dataset(tensors["rgba"], json.loads((folder / "captions.json").read_text(encoding="utf8")))

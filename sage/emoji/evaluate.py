@@ -3,7 +3,6 @@
 import hashlib
 import json
 import math
-import platform
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from sage import info
 from sage.embed import embed_prompts
 from sage.evaluation.bootstrap import interval
 from sage.evaluation.diversity import copies, pairwise_distance
@@ -198,10 +198,5 @@ def gate(trained: dict, blind: dict | None) -> dict:
 
 def machine() -> str:
     """The machine the figures were made on, in words."""
-    name = platform.processor() or platform.machine()
-    try:
-        models = [line.split(":", 1)[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
-        name = models[0] if models else name
-    except OSError:
-        pass
-    return f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    facts = info.machine()
+    return f"{facts['processor']}, {facts['threads']} threads, torch {torch.__version__}"

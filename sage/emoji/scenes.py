@@ -149,10 +149,6 @@ class Composer:
         self._sprites = {SPRITE: premultiplied, SPRITE // 2: F.avg_pool2d(premultiplied, 2)}
         self._row = {name: row for row, name in enumerate(names)}
 
-    @property
-    def names(self) -> list[str]:
-        return list(self._row)
-
     def __call__(self, scenes: Sequence[Scene], generator: torch.Generator) -> torch.Tensor:
         """[N, 3, 32, 32] float32 in [-1, 1], one picture a scene."""
         canvas = _grounds(scenes, generator)
