@@ -14,6 +14,7 @@ from diffusers.utils import logging
 
 from sage.branch_noise import BranchNoise
 from sage.caches import Caches
+from sage.clock import now
 from sage.denoiser import Arguments, Interception, Launcher, Reducer, current, denoisers_of, is_static
 from sage.families import ADAPTERS, DENOISERS, UNSHARED
 from sage.plan import SharingPlan
@@ -72,6 +73,7 @@ class Run:
         self._counted: list[tuple[int, int]] = []  # (rows, guidance copies of each) of every completed call
         self._launcher, self._copies_per_launch = Launcher(max_rows, rules), 1
         self._caches = Caches()
+        self._device = torch.device("cpu")  # of the latents, once they are seen
         self._began = self._ended = 0.0
 
     @contextlib.contextmanager
@@ -196,7 +198,9 @@ class Run:
         self._entered, self._probed = [], None
         if self.on_call is not None:
             self.on_call(rows, self.resolved.num_calls)
-        self.call, self.trajectory, self._ended = self.call + 1, trajectory, time.perf_counter()
+        self.call, self.trajectory = self.call + 1, trajectory
+        last = self.call == self.resolved.num_calls
+        self._ended = now(self._device) if last else time.perf_counter()  # the device is waited for once, at the end
 
     def check_finished(self) -> None:
         """Refuse a call whose pictures would silently be wrong: one that did not go through the plan."""
@@ -212,11 +216,13 @@ class Run:
 
     def denoise(self, name: str, interception: Interception, args: tuple, kwargs: dict) -> Any:
         """What the pipeline gets for calling its denoiser: B rows in, R rows computed, B rows out."""
-        self._began = self._began or time.perf_counter()
         arguments = Arguments(interception.module, args, kwargs)
         rows = self.rows(arguments.given.get("timestep"))
         latents = arguments.latents(name)
         batch, copies = len(latents), self._copies(name, len(latents), rows)
+        if not self._began:
+            self._device = latents[0].device
+            self._began = now(self._device)
         self._entered.append((name, copies))
         self._copies_per_launch = max(self._copies_per_launch, copies)
         if len(self._entered) > _MOST_ENTRIES:

@@ -29,7 +29,7 @@ def embed_by_letters(prompts, encoder="auto", pipe=None, **options):
 class Projections:
     """An extractor of 8 features, without any network."""
 
-    name, dim = "projections", 8
+    name, dim, identity = "projections", 8, "seed 0"
 
     def image_features(self, images, batch=64):
         small = [torch.nn.functional.interpolate(x[None].float() / 255, (8, 8), mode="area").flatten() for x in as_uint8(images, "images")]
@@ -39,8 +39,8 @@ class Projections:
 class Judging(Projections):
     """One that knows texts too."""
 
-    def embed_images(self, images, batch=64):
-        return torch.nn.functional.normalize(self.image_features(images, batch), dim=1)
+    def embed_features(self, features):
+        return torch.nn.functional.normalize(features, dim=1)
 
     def embed_texts(self, texts):
         seeds = [int(hashlib.sha256(text.encode()).hexdigest()[:8], 16) for text in texts]

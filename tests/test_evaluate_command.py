@@ -3,12 +3,14 @@
 import copy
 import json
 import re
+import shutil
 from pathlib import Path
 
 import evaluation_parts as parts
 import pytest
 import tiny
 import torch
+from safetensors.torch import load_file, save_file
 
 from sage.evaluation import runner
 from sage.evaluation.command import render
@@ -113,7 +115,11 @@ def test_every_figure_has_an_interval_and_differences(run):
             assert names <= set(metrics)
             for name in names:
                 figure = metrics[name]
-                assert figure["low"] <= figure["value"] <= figure["high"] and figure["groups"] == 3
+                if name == "frechet" and spec == "clip:blind":
+                    assert figure["low"] is figure["high"] is figure["to_reference"]["low"] is None and figure["resamples"] == 0
+                else:
+                    assert figure["low"] <= figure["value"] <= figure["high"] and figure["resamples"] >= 400
+                assert figure["groups"] == 3
                 assert ("to_rival" in figure) == (row["rival"] is not None)
                 base = methods(results)[results["solvers"][0]["reference"]]["metrics"][spec][name]["value"]
                 assert figure["to_reference"]["value"] == pytest.approx(figure["value"] - base, abs=1e-9)
@@ -125,12 +131,14 @@ def test_a_verdict_needs_every_guarded_metric(run):
     solver = results["solvers"][0]
     assert results["guarded"] == ["identification", "score", "frechet", "diversity"]
     for row in solver["methods"]:
-        reference = methods(results)[solver["reference"]]["metrics"]["clip:tiny"]
         for name, fits in row["within_each"].items():
-            difference, allowed = row["metrics"]["clip:tiny"][name]["to_reference"], 0.05 * abs(reference[name]["value"])
+            best = methods(results)[solver["bars"][name]]
+            assert best["steps"] == solver["knee"]["best"].get(name, solver["reference_steps"])
+            difference, allowed = row["metrics"]["clip:tiny"][name]["to_bar"], 0.05 * abs(best["metrics"]["clip:tiny"][name]["value"])
             assert fits == (difference["high"] <= allowed if name == "frechet" else difference["low"] >= -allowed)
         assert row["within"] == all(row["within_each"].values())
-    fitting = [row for row in solver["methods"] if row["within"] and row["saved"]["all"] > 0 and row["key"] != solver["reference"]]
+    fitting = [row for row in solver["methods"]
+               if row["within"] and row["saved"]["all"] > 0 and (row["kind"] != "independent" or row["adapter"])]
     assert solver["recommended"] == (max(fitting, key=lambda row: row["saved"]["all"])["key"] if fitting else None)
 
 
@@ -145,6 +153,16 @@ def test_aligned_references_make_a_row_of_real_pictures(run):
     assert results["references"]["pictures"] == 7
     assert {"identification", "score", "diversity"} <= set(results["real"]["clip:tiny"]) and "frechet" not in results["real"]["clip:tiny"]
     assert results["floor"]["clip:tiny"]["frechet"]["what"] == "two halves of the reference pictures, 3 in each, 10 times"
+    assert results["references"]["groups"] == 3 and "7 real pictures for 8 features" in results["remarks"][0]
+
+
+def test_the_table_says_what_its_intervals_and_seconds_are(run):
+    out, _, results = run
+    text = " ".join((out / "table.md").read_text().split())
+    assert "2000 times (the Fréchet distance 400 times; for extractors that do not judge it has none)" in text
+    assert "Methods are compared at other numbers, 14 pictures to 7, with which Fréchet distances fall" in text
+    assert "each one's first turn does not count" in text and f"Seconds are of {results['runs'][0]['machine']}, and" in text
+    assert {row["rival"] for row in results["solvers"][0]["methods"] if row["kind"] == "shared-noise"} == {None}
 
 
 def test_table_and_plot_come_from_the_results_alone(run, tmp_path):
@@ -211,8 +229,8 @@ def test_resuming_gives_the_same_pictures_figures_and_costs(place, tmp_path, mon
     assert [row["metrics"] for row in methods(one).values()] == [row["metrics"] for row in methods(two).values()]
     assert len(two["runs"]) == 4 and len(one["runs"]) == 1
     for key, row in methods(two).items():
-        rows = read_manifest(tmp_path / "out" / "methods" / key / "calls.jsonl")
-        assert sum(call["nfe"] for call in rows if call["phase"] == row["phase"]) == row["nfe"]
+        rows = {call["chunk"]: call["nfe"] for call in read_manifest(tmp_path / "out" / "methods" / key / "calls.jsonl")}
+        assert sum(rows.values()) == row["nfe"]
 
 
 def test_resume_refuses_other_settings_and_overwrite_starts_anew(place, tmp_path):
@@ -220,7 +238,7 @@ def test_resume_refuses_other_settings_and_overwrite_starts_anew(place, tmp_path
     options = ("--method", "share")
     assert evaluate(place, out, *options).exit_code == 0
     before = parts.pictures(out)
-    for changed, said in ((("--margin", 0.1), "margin was 0.05 and is 0.1"), (("--seed", 3), "seed was 0 and is 3"),
+    for changed, said in ((("--max-rows", 32), "max-rows was 64 and is 32"), (("--seed", 3), "seed was 0 and is 3"),
                           (("--guidance-scale", 2), "guidance-scale was 7.5 and is 2.0")):
         refused = evaluate(place, out, *options, *changed, "--resume")
         assert refused.exit_code == 2 and said in refused.stderr
@@ -233,10 +251,53 @@ def test_resume_refuses_other_settings_and_overwrite_starts_anew(place, tmp_path
     assert parts.sage("generate", place / "prompts.txt", "--out", out, "--overwrite").exit_code == 2  # no run of generate
 
 
+def test_resume_may_change_what_is_drawn_and_how_it_is_judged(place, tmp_path, monkeypatch):
+    """Another metric, margin, share and extractor, and pictures to compare with: nothing that is there is drawn again."""
+    out = tmp_path / "out"
+    assert evaluate(place, out, "--method", "share").exit_code == 0
+    before = parts.pictures(out / "methods")
+    drawn = []
+    draw = Runner._draw_chunk
+    monkeypatch.setattr(Runner, "_draw_chunk", lambda self, method, *rest: drawn.append(method.key) or draw(self, method, *rest))
+    changed = ("--margin", 0.3, "--share", "0.3", "--method", "shared-noise", "--images", place / "photos", "--extractor", "clip:blind")
+    done = evaluate(place, out, "--method", "share", *changed, "--resume")
+    assert done.exit_code == 0, done.output
+    results = json.loads((out / "results.json").read_text())
+    assert before.items() <= parts.pictures(out / "methods").items()
+    assert drawn and not {key for key in drawn if any(key in name for name in before)} - {results["solvers"][0]["reference"]}
+    assert [run["asked"]["margin"] for run in results["runs"]] == [0.05, 0.3] and results["settings"]["margin"] == 0.3
+    assert all({"torch", "diffusers"} <= set(run["versions"]) for run in results["runs"])
+    assert "frechet" in results["guarded"] and set(results["metrics"]) == {"clip:tiny", "clip:blind"}
+
+
+def test_resume_refuses_another_vae_and_another_lora_of_the_same_name(place, tmp_path):
+    out, other = tmp_path / "out", tmp_path / "model"
+    shutil.copytree(place / "style", tmp_path / "style")
+    options = ("--method", "share", "--adapter", tmp_path / "style")
+    assert evaluate(place, out, *options).exit_code == 0
+    pipe = tiny.stable_diffusion()
+    parts.lora(pipe, tmp_path / "style", seed=1)
+    refused = evaluate(place, out, *options, "--resume")
+    assert refused.exit_code == 2 and "wants the LoRA style that the run there had" in refused.stderr
+    shutil.copytree(place / "model", other)
+    file = next((other / "vae").glob("*.safetensors"))
+    save_file({name: weight * 1.5 for name, weight in load_file(file).items()}, file)
+    shutil.move(place / "model", tmp_path / "kept")
+    try:
+        shutil.move(other, place / "model")
+        refused = evaluate(place, out, "--method", "share", "--resume")
+    finally:
+        shutil.rmtree(place / "model")
+        shutil.move(tmp_path / "kept", place / "model")
+    assert refused.exit_code == 2 and "weights was" in refused.stderr
+
+
 BAD = {
     "solver": (("--solver", "magic"), "--solver magic: unknown; known solvers: "),
     "method": (("--method", "magic"), "--method magic: unknown; known methods: fewer-steps, "),
     "extractor": (("--extractor", "magic"), "--extractor magic: load_extractor: unknown extractor 'magic'"),
+    "pickle": (("--extractor", "inception"), "wanted inception:FILE with a .safetensors file"),
+    "pickle file": (("--extractor", "inception:weights.pth"), "convert them once: from sage.evaluation import convert_inception"),
     "twice": (("--extractor", "clip:tiny"), "names one of them twice"),
     "margin 0": (("--margin", 0), "--margin must be in (0, 1)"),
     "margin 1": (("--margin", 1), "--margin must be in (0, 1)"),
@@ -269,6 +330,17 @@ def test_folders_that_hold_something_else_are_refused(place, tmp_path):
     (tmp_path / "letter.txt").write_text("dear")
     assert "holds is no run of sage (no evaluation.json of one)" in evaluate(place, tmp_path).stderr
     assert "no pictures in it" in evaluate(place, tmp_path / "out", "--images", place / "style").stderr
+    (tmp_path / "one").mkdir()
+    shutil.copy(place / "photos" / "0.png", tmp_path / "one")
+    assert "one picture in it; wanted two at the least" in evaluate(place, tmp_path / "out", "--images", tmp_path / "one").stderr
+
+
+def test_a_broken_picture_is_found_before_anything_is_drawn(place, tmp_path):
+    shutil.copytree(place / "photos", tmp_path / "photos")
+    (tmp_path / "photos" / "3.png").write_bytes((place / "photos" / "3.png").read_bytes()[:200])
+    refused = evaluate(place, tmp_path / "out", "--images", tmp_path / "photos")
+    assert refused.exit_code == 2 and "3.png cannot be read as a picture" in refused.stderr
+    assert not (tmp_path / "out" / "methods").exists()
 
 
 def test_out_prompts_and_extractor_are_asked_for(place):

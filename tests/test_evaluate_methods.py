@@ -1,6 +1,7 @@
 """What is drawn: paired seeds, plans inside the same groups, rivals of equal cost, adapters and caches that come and go."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import evaluation_parts as parts
 import native_cases
@@ -11,12 +12,13 @@ import torch
 from PIL import Image
 
 from sage.evaluation.asked import Source, ask, read_source
+from sage.evaluation.command import Evaluation
 from sage.evaluation.folder import EvaluationFolder
+from sage.evaluation.identity import pipeline_identity
 from sage.evaluation.methods import Method, grid, methods_at, planned, rivals
 from sage.evaluation.request import METHODS, Adapter, Request
-from sage.evaluation.runner import Runner, costs, file_names, totals
+from sage.evaluation.runner import Runner, calls, costs, file_names, totals
 from sage.evaluation.switches import adapted, cache_refusal, cached, check_adapters
-from sage.output import read_manifest
 from sage.prompts import InputError, PromptSet
 from sage.seeds import leaf_seed
 
@@ -126,6 +128,13 @@ def test_every_method_is_there_once():
     assert [method.steps for method in grid(request, "")] == [30, 25, 20, 15, 12, 10, 8, 6, 5, 4]
 
 
+@pytest.mark.parametrize(("given", "counts"), [(None, (8,)), ((0,), ()), ((6, 12, 6), (12, 6))])
+def test_comfortable_step_counts_are_drawn_independently_too(given, counts):
+    request = Request(out="x", steps=(8, 4), comfortable=given)
+    assert request.more_counts == counts and request.settings()["comfortable"] == list(counts)
+    assert [method.steps for method in grid(request, "")] == sorted({8, 4, *counts}, reverse=True)
+
+
 def test_what_draws_the_same_is_drawn_once():
     said = []
     asked = asked_of()
@@ -144,7 +153,14 @@ def test_rivals_have_the_nearest_rows():
     asked = asked_of()
     plans = plans_of(asked, Method("share", 20, value=0.5), Method("share", 20, value=0.1), Method("shared-noise", 20))
     assert plans[Method("share", 20, value=0.5)].cost(20).saving == pytest.approx(0.5 * 4 / 7)
-    assert rivals(plans, asked) == [Method("independent", 14), Method("independent", 19)]
+    assert rivals(plans, {}) == [Method("independent", 14), Method("independent", 19)]
+
+
+def test_rivals_have_the_adapter_and_caches_have_rivals_once_they_are_drawn():
+    style = Adapter("style", Path("style.safetensors"))
+    plans = plans_of(asked_of(), Method("share", 20, "ddim", 0.5, style), Method("cache", 20, "ddim", 0.1))
+    computed = {Method("cache", 20, "ddim", 0.1, style): 0.55}
+    assert rivals(plans, computed) == [Method("independent", 14, "ddim", None, style), Method("independent", 11, "ddim", None, style)]
 
 
 # ---- drawing
@@ -185,16 +201,21 @@ def test_methods_take_turns(pipe, tmp_path, monkeypatch):
 
 
 def test_a_reference_is_drawn_again_for_the_clock_alone(pipe, tmp_path):
-    asked, method = asked_of(), Method("independent", 2)
+    """Where another method is drawn, and nowhere else: not for nothing, not twice in a run."""
+    asked, method, other = asked_of(), Method("independent", 2), Method("share", 2, value=0.5)
     runner = draw(pipe, plans_of(asked, method), asked, tmp_path)
     before = parts.pictures(tmp_path)
+    lines = lambda: [(row["phase"], row["run"]) for row in calls(runner.folder, method)]
     runner.draw(plans_of(asked, method), "methods", again=[method])
-    assert parts.pictures(tmp_path) == before
-    assert costs(runner.folder, method).keys() == costs(runner.folder, method, "methods").keys()
+    assert lines() == [("grid", "now")]
+    runner.draw(plans_of(asked, method, other), "methods", again=[method])
+    assert before.items() <= parts.pictures(tmp_path).items() and lines() == [("grid", "now"), ("methods", "now")]
     assert totals(costs(runner.folder, method))["pictures"] == asked.pictures
-    lines = len(read_manifest(runner.folder.path / "methods" / method.key / "calls.jsonl"))
-    runner.draw(plans_of(asked, method), "methods", again=[method])
-    assert len(read_manifest(runner.folder.path / "methods" / method.key / "calls.jsonl")) == lines
+    runner.draw(plans_of(asked, method, other), "methods", again=[method])
+    assert len(lines()) == 2
+    later = Runner(pipe, asked, runner.folder, guidance_scale=3.0, max_rows=64, run="later", say=print, progress=False)
+    later.draw(plans_of(asked, method, other, Method("shared-noise", 2)), "methods", again=[method])
+    assert lines()[2:] == [("methods", "later")] and len(calls(runner.folder, other)) == 1
 
 
 def test_a_step_back_that_a_solver_has_no_form_for_is_said(pipe, tmp_path):
@@ -202,6 +223,21 @@ def test_a_step_back_that_a_solver_has_no_form_for_is_said(pipe, tmp_path):
     method = Method("step-back", STEPS, "heun", 0.5)
     runner = draw(pipe, plans_of(asked, method, Method("independent", STEPS, "heun")), asked, tmp_path)
     assert "branch_back" in runner.unavailable[method] and len(runner.unavailable) == 1
+
+
+@pytest.mark.parametrize("change", ["vae", "text_encoder", "buffer", "scheduler"])
+def test_a_pipeline_is_known_by_all_that_draws(change):
+    identity = pipeline_identity(tiny.stable_diffusion())
+    assert pipeline_identity(tiny.stable_diffusion()) == identity
+    other = tiny.stable_diffusion()
+    if change == "scheduler":
+        other.scheduler = type(other.scheduler).from_config(other.scheduler.config, beta_end=0.5)
+    elif change == "buffer":
+        other.unet.register_buffer("more", torch.ones(1))
+    else:
+        weight = next(getattr(other, change).parameters())
+        weight.data[(0,) * weight.ndim] += 1e-6
+    assert pipeline_identity(other) != identity
 
 
 # ---- adapters and caches
@@ -246,6 +282,9 @@ def test_a_transformers_cache_is_counted_and_switched_off(tmp_path):
     assert totals(costs(runner.folder, plain))["computed"] == 1
     assert 0 < totals(costs(runner.folder, always))["computed"] < 0.8
     assert worst(drawn(runner, plain), drawn(runner, always)) > 0
+    computed = Evaluation._computed(SimpleNamespace(folder=runner.folder), {always: None, plain: None}, runner)
+    assert computed == {always: totals(costs(runner.folder, always))["computed"]}
+    assert rivals({}, computed) == [Method("independent", round(computed[always] * STEPS))]
     with cached(pipe, 0.1):
         assert pipe.transformer.is_cache_enabled
     assert not pipe.transformer.is_cache_enabled

@@ -52,7 +52,7 @@ def test_a_folder_alone_is_a_set_without_an_order(photos, tmp_path):
     (photos / "0.png").rename(photos / "below" / "0.JPG")
     source = Source(PromptSet("test", tuple(parts.PROMPTS)))
     references = find_references(str(photos), source, asked_of(source))
-    assert len(references.files) == len(parts.PROMPTS) and references.images == 0
+    assert references.count == len(parts.PROMPTS) and references.images == 0
     judge = judge_of(asked_of(source), references, tmp_path / "out")
     assert judge.real("clip:tiny") is None and judge.floor("clip:tiny")["frechet"]["n"] == 4
 
@@ -62,9 +62,32 @@ def test_pictures_of_prompts_follow_the_prompts(photos):
     source = source_of(photos, names)
     asked = asked_of(source)
     references = find_references(str(photos), source, asked)
-    assert [file.name for file in references.files] == [names[parts.PROMPTS.index(prompt)] for prompt in asked.prompts]
-    with Image.open(photos / "7.png") as image:
-        assert np.array_equal(np.array(next(references.pictures())), np.array(image))
+    wanted = [np.array(Image.open(photos / names[parts.PROMPTS.index(prompt)])) for prompt in asked.prompts]
+    assert np.array_equal(np.stack(list(references.pictures())), np.stack(wanted)) and references.places == list(range(7))
+
+
+def test_a_photograph_of_several_prompts_counts_once(photos, tmp_path):
+    """As in COCO. Its group has no row of real pictures, where two captions would both be right."""
+    (photos / "1.png").write_bytes((photos / "0.png").read_bytes())  # of "a red cat" and "a red car"
+    source = source_of(photos, [f"{number}.png" for number in range(8)])
+    asked = asked_of(source)
+    references = find_references(str(photos), source, asked)
+    assert references.count == 6 and references.places == [0, 0, 1, 2, 3, 4, 5]
+    judge = judge_of(asked, references, tmp_path / "out")
+    assert judge.real_groups() == [1, 2] and judge.floor("clip:tiny")["frechet"]["n"] == 3
+    real = judge.real("clip:tiny")
+    assert real["identification"].estimate().n == 4 and real["score"].estimate().groups == 2
+    (photos / "4.png").write_bytes((photos / "3.png").read_bytes())
+    judge = judge_of(asked, find_references(str(photos), source, asked), tmp_path / "out")
+    assert judge.real_groups() == [2] and judge.real("clip:tiny") is None
+
+
+def test_equal_pictures_are_no_set(photos):
+    for number in range(1, 8):
+        (photos / f"{number}.png").write_bytes((photos / "0.png").read_bytes())
+    source = Source(PromptSet("test", tuple(parts.PROMPTS)))
+    with pytest.raises(InputError, match="at least two different pictures, got 8 files with 1"):
+        find_references(str(photos), source, asked_of(source))
 
 
 @pytest.mark.parametrize("name", ["../secret.png", "/etc/passwd", "below/../../secret.png", "", ".", "missing.png", "link.png", "a\0b"])
@@ -77,7 +100,7 @@ def test_names_that_lead_out_of_the_folder_are_refused(photos, name):
 
 def test_they_are_refused_before_a_model_is_loaded(photos, tmp_path):
     source_of(photos, ["../x.png"] * 8)
-    for images, said in ((str(photos), "must be the name of a file inside --images"), (None, "unknown key")):
+    for images, said in ((str(photos), "must be the name of a file inside --images"), (None, "give --images FOLDER")):
         with pytest.raises(InputError, match=said):
             Evaluation(Request(out=str(tmp_path / "out"), images=images), str(tmp_path / "prompts.jsonl"), print)
     assert not (tmp_path / "out").exists()
@@ -90,10 +113,35 @@ def test_an_image_on_some_lines_only_is_refused(photos, tmp_path):
     check_images(None, Source(PromptSet("test", ("a",))))
 
 
-def test_a_file_that_is_no_picture_is_named(photos):
-    (photos / "0.png").write_text("no")
+def broken_png(data: bytes) -> bytes:
+    return data[:30] + b"\xff" * 20 + data[50:]  # another length of a chunk: Pillow raises a SyntaxError
+
+
+@pytest.mark.parametrize("damage", [lambda data: b"no", lambda data: data[: len(data) // 2], broken_png])
+def test_a_file_that_is_no_picture_is_named(damage, photos):
+    (photos / "0.png").write_bytes(damage((photos / "0.png").read_bytes()))
     with pytest.raises(InputError, match="0.png cannot be read as a picture"):
-        list(Files("x", (photos / "0.png",), aligned=False).pictures())
+        list(Files("x", (photos / "0.png", photos / "1.png"), aligned=False).pictures())
+
+
+def test_an_enormous_picture_is_named(photos, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(InputError, match="0.png cannot be read as a picture .*decompression bomb"):
+        list(Files("x", (photos / "0.png", photos / "1.png"), aligned=False).pictures())
+
+
+def test_features_of_other_weights_are_made_anew(photos, tmp_path):
+    source = Source(PromptSet("test", tuple(parts.PROMPTS)))
+    judge = judge_of(asked_of(source), find_references(str(photos), source, asked_of(source)), tmp_path / "out")
+    extractor, seen = judge.extractors[0][1], []
+    run = extractor.image_features
+    extractor.image_features = lambda images: seen.append(1) or run(images)
+    judge.look_at_references()
+    judge.look_at_references()
+    assert len(seen) == 1
+    extractor.identity = "seed 1"
+    judge.look_at_references()
+    assert len(seen) == 2
 
 
 def test_changed_pictures_are_looked_at_anew(photos, tmp_path):
@@ -129,7 +177,10 @@ def test_the_benchmark_has_two_draws_of_real_pictures(monkeypatch, tmp_path):
     real, floor = judge.real("clip:tiny"), judge.floor("clip:tiny")
     assert set(real) == {"identification", "score", "diversity", "vendi", "frechet", "kernel"} and len(set(seeds)) == 2
     assert floor["frechet"]["value"] == real["frechet"].estimate().value > 0
-    assert floor["frechet"]["n"] == asked.pictures
+    assert floor["frechet"]["n"] == asked.pictures and floor["frechet"]["comparable"]
+    assert find_references(None, source, asked).identity == references.identity
+    monkeypatch.setattr("sage.emoji.real_pictures", lambda *args: draw(*args) // 2)  # other sprites
+    assert find_references(None, source, asked).identity != references.identity
 
 
 def test_without_references_there_are_no_distances(tmp_path):

@@ -10,6 +10,7 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
 from sage.evaluation import cmmd, floor, frechet_distance, frechet_from_moments, kernel_distance, kernel_distance_subsets
+from sage.evaluation.distances import FrechetTo, KernelTo
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -148,6 +149,18 @@ def test_kernel_distance_is_centred_on_zero_for_one_distribution():
     assert abs(values.mean()) < 4 * error
     own = float((normal(1000, 4, 7).square().sum(1) / 4 + 1).pow(3).mean()) - 1  # what pairs of a row with itself would add, · n
     assert own / 20 > 8 * error
+
+
+@pytest.mark.parametrize("block", [3, 7, 2048])
+def test_many_sets_to_one_are_as_each_alone(block):
+    """Whole groups, any number of times, of unequal size and order; one row is in no group."""
+    x, reference = normal(20, 5, 1, 0.3), normal(17, 5, 2)
+    groups = [[0, 1, 2], [4, 3], [7, 19, 5, 6], [8], list(range(9, 18))]
+    by_rows, by_groups = FrechetTo(reference), KernelTo(reference, block).of_groups(x, groups)
+    for chosen in ([0, 1, 2, 3, 4], [1, 1, 1], [4, 0, 4, 2], [3, 3]):
+        rows = torch.tensor([row for k in chosen for row in groups[k]])
+        assert by_groups(rows) == pytest.approx(kernel_distance(x[rows], reference), rel=1e-12)
+        assert by_rows(x[rows]) == frechet_distance(x[rows], reference)
 
 
 def test_subsets_are_seeded_and_estimate_the_distance_of_all_pairs():

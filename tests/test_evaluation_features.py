@@ -1,6 +1,7 @@
 """Extractors, on tiny networks made here, and what their distances may be called."""
 
 import json
+import shutil
 import subprocess
 import sys
 import warnings
@@ -10,7 +11,7 @@ import pytest
 import torch
 import transformers
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torchmetrics.functional.multimodal.clip_score import clip_score
 
@@ -129,6 +130,7 @@ def test_emoji_features_are_the_scorers(scorer):
     assert isinstance(extractor, Extractor) and (extractor.name, extractor.dim) == ("emoji scorer", 32)
     torch.testing.assert_close(extractor.image_features(images, batch=2), scorer.image_features(images))
     torch.testing.assert_close(extractor.embed_images(images), scorer.embed_images(images))
+    torch.testing.assert_close(extractor.embed_features(extractor.image_features(images)), scorer.embed_images(images))
     torch.testing.assert_close(extractor.embed_texts(WORDS), scorer.embed_texts(WORDS))
 
 
@@ -162,6 +164,7 @@ def test_clip_features_are_the_models_own(clip_folder):
     features = extractor.image_features(images)
     torch.testing.assert_close(torch.nn.functional.normalize(features, dim=1), wanted.image_embeds)
     assert (features.norm(dim=1) - 1).abs().max() > 0.01 and features.dtype == torch.float32
+    assert torch.equal(extractor.embed_features(extractor.image_features(images, batch=2)), extractor.embed_images(images, batch=2))
 
 
 def test_clip_score_agrees_with_torchmetrics(clip_folder):
@@ -222,6 +225,20 @@ def test_a_pickled_model_is_not_loaded(clip_folder, tmp_path):
         load_extractor(f"clip:{tmp_path}")
 
 
+@pytest.mark.parametrize("kind", ["clip", "dinov2"])
+def test_an_extractor_with_other_weights_is_another_one(kind, clip_folder, dino_folder, tmp_path):
+    folder = {"clip": clip_folder, "dinov2": dino_folder}[kind]
+    first = load_extractor(f"{kind}:{folder}").identity
+    assert load_extractor(f"{kind}:{folder}").identity == first
+    shutil.copytree(folder, tmp_path / folder.name)
+    weights = load_file(folder / "model.safetensors")
+    name = next(name for name in weights if name.endswith("layernorm.bias") or name.endswith("post_layernorm.bias"))
+    weights[name] = weights[name] + 1e-6
+    save_file(weights, tmp_path / folder.name / "model.safetensors", {"format": "pt"})
+    other = load_extractor(f"{kind}:{tmp_path / folder.name}")
+    assert other.identity != first and other.name == load_extractor(f"{kind}:{folder}").name
+
+
 # DINOv2
 
 
@@ -270,7 +287,7 @@ def test_names_do_not_overclaim(scorer, clip_folder, dino_folder, monkeypatch):
 
 @pytest.mark.parametrize("spec", ["FID", "clip", "clip:", "dinov2:", "inception:", "emoji:x", "", None])
 def test_unknown_extractors_are_refused_with_the_known_ones(spec):
-    with pytest.raises(ValueError, match=r'known are "emoji", "clip:NAME", "dinov2:NAME", "inception:FILE"'):
+    with pytest.raises(ValueError, match=r'known are "emoji", "clip:NAME", "dinov2:NAME" and "inception:FILE"'):
         load_extractor(spec)
 
 

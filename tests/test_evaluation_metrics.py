@@ -26,6 +26,7 @@ from sage.evaluation import (
     vendi_score,
     vendi_within,
 )
+from sage.evaluation.bootstrap import Estimate, resample
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -296,6 +297,20 @@ def test_a_function_of_rows_gives_what_values_give():
     a, b = lambda rows: values[rows.numpy()].mean(), lambda rows: (2 * values[rows.numpy()]).mean()
     paired = paired_interval(a, b, groups, resamples=200, seed=3, centred=False)
     assert (paired.value, paired.low, paired.high) == pytest.approx((-by_value.value, -by_value.high, -by_value.low))
+
+
+def test_what_was_resampled_once_gives_intervals_and_differences():
+    (a, groups), (b, _) = clustered(12, 3, 1.0, 5), clustered(12, 3, 1.0, 6)
+    one, two = (resample(values, groups, resamples=300, seed=3) for values in (a, b))
+    assert one.estimate() == interval(a, groups, resamples=300, seed=3)
+    assert one.minus(two).estimate().as_json() == pytest.approx(paired_interval(a, b, groups, resamples=300, seed=3).as_json())
+    assert one.minus(one).estimate().high == 0
+    square = lambda rows: float(a[rows.numpy()].mean() ** 2)
+    assert resample(square, groups, resamples=30).estimate() == interval(square, groups, resamples=30)
+    alone = resample(square, groups, resamples=0)
+    assert alone.minus(alone).estimate() == Estimate(0.0, None, None, 36, 12, 0)
+    with pytest.raises(ValueError, match="same rows, groups and resamples, 36, 12 and 300, got 36, 12 and 30"):
+        one.minus(resample(a, groups, resamples=30))
 
 
 def test_an_estimate_is_reproducible_and_goes_into_json():

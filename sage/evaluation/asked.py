@@ -39,17 +39,20 @@ def read_source(path: str | None, with_images: bool, held_out: bool = False) -> 
     """Read a file of prompts, or the benchmark of the embedded model for None.
 
     Args:
-        with_images: whether lines of JSONL may name an "image".
+        with_images: whether there is a folder of pictures, so that lines of JSONL may name an "image".
         held_out: of the benchmark, the scenes of emoji that the model never saw.
 
     Raises:
-        InputError: as `sage.prompts.read_prompts`; "image" on some lines only; no benchmark in this installation.
+        InputError: as `sage.prompts.read_prompts`; "image" on some lines only, or without leave; no benchmark in this installation.
     """
     if path is None:
         return _benchmark(held_out)
     if held_out:
         raise InputError("--held-out chooses among the benchmark's prompts, and PROMPTS are given; leave one of them out.")
-    found = read_prompts(path, (*KNOWN_KEYS, "image") if with_images else KNOWN_KEYS)
+    found = read_prompts(path, (*KNOWN_KEYS, "image"))
+    if found.images is not None and not with_images:
+        raise InputError(f'{found.source}: lines name an "image", but no folder of pictures is given; give --images FOLDER, or leave the '
+                         "key out.")
     if found.images is not None and None in found.images:
         raise InputError(f'{found.source}: {sum(image is not None for image in found.images)} of {len(found)} lines name an "image"; '
                          "name one on every line, or on none.")

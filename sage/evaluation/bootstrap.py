@@ -6,6 +6,8 @@ with repetition, as many as there are, and computes the figure anew (Davison and
     interval(right, groups)                                  # a mean over pictures
     interval(lambda rows: frechet_distance(drawn[rows], real), groups, resamples=200)    # any other figure
     paired_interval(scores_shared, scores_alone, groups)     # the difference on the same prompts and seeds
+
+`resample` keeps the resampled figures, so that one of many methods is compared with many others without computing anything anew.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +20,7 @@ import torch
 from sage.evaluation.checks import as_groups
 from sage.plan_checks import integer
 
-__all__ = ["Estimate", "interval", "paired_interval"]
+__all__ = ["Estimate", "Resampled", "interval", "paired_interval", "resample"]
 
 DRAWS = 1 << 22  # groups drawn at once: 32 MiB of int64
 
@@ -31,7 +33,7 @@ class Estimate:
 
     Args:
         value: on the rows as they are.
-        low, high: the interval.
+        low, high: the interval; None where nothing was resampled.
         n: rows it was computed of.
         groups: groups they are in.
         resamples: of the bootstrap.
@@ -39,16 +41,64 @@ class Estimate:
     """
 
     value: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     n: int
     groups: int
     resamples: int
     level: float = 0.95
 
-    def as_json(self) -> dict[str, float | int]:
+    def as_json(self) -> dict[str, float | int | None]:
         """For JSON; every number is finite."""
         return asdict(self)
+
+
+@dataclass(frozen=True, eq=False)
+class Resampled:
+    """A figure, and what it is on each choice of groups: the same choices for all figures of the same groups, count and seed.
+
+    Args:
+        value: on the rows as they are.
+        figures: float64 [resamples]; none: there is no interval.
+        n: rows.
+        groups: how many.
+        centred: as in `interval`.
+    """
+
+    value: float
+    figures: np.ndarray
+    n: int
+    groups: int
+    centred: bool
+
+    def estimate(self, level: float = 0.95) -> Estimate:
+        """The figure and its interval."""
+        if not len(self.figures):
+            return Estimate(self.value, None, None, self.n, self.groups, 0, level)
+        low, high = np.quantile(self.figures, [(1 - level) / 2, (1 + level) / 2])
+        shift = self.value - self.figures.mean() if self.centred else 0.0
+        return Estimate(self.value, float(low + shift), float(high + shift), self.n, self.groups, len(self.figures), level)
+
+    def minus(self, other: "Resampled") -> "Resampled":
+        """The difference on the same choices, as `paired_interval` takes it. Raises ValueError for other groups or another count."""
+        if (self.n, self.groups, len(self.figures)) != (other.n, other.groups, len(other.figures)):
+            raise ValueError(f"Resampled.minus: other must be of the same rows, groups and resamples, {self.n}, {self.groups} and "
+                             f"{len(self.figures)}, got {other.n}, {other.groups} and {len(other.figures)}")
+        return Resampled(self.value - other.value, self.figures - other.figures, self.n, self.groups, self.centred)
+
+
+def resample(values: Any, groups: Sequence[Sequence[int]], *, resamples: int = 2000, seed: int = 0,
+             centred: bool | None = None) -> Resampled:
+    """A mean or another figure of rows, on the rows as they are and on resampled groups.
+
+    Args:
+        resamples: 0: the figure alone is wanted.
+        values, groups, seed, centred: as in `interval`.
+
+    Raises:
+        TypeError, ValueError: as `interval`.
+    """
+    return _resample("resample", values, groups, integer(resamples, "resample: resamples", 0), seed, centred)
 
 
 def interval(values: Any, groups: Sequence[Sequence[int]], *, level: float = 0.95, resamples: int = 2000, seed: int = 0,
@@ -107,6 +157,10 @@ def _estimate(operation: str, values: Any, groups: Any, level: float, resamples:
     if not 0 < level < 1:
         raise ValueError(f"{operation}: level must be between 0 and 1, got {level!r}")
     resamples = integer(resamples, f"{operation}: resamples", 1)
+    return _resample(operation, values, groups, resamples, seed, centred).estimate(level)
+
+
+def _resample(operation: str, values: Any, groups: Any, resamples: int, seed: int, centred: bool | None) -> Resampled:
     random = np.random.default_rng(integer(seed, f"{operation}: seed", 0))
     statistic = values if callable(values) else None
     if statistic is None:
@@ -118,9 +172,7 @@ def _estimate(operation: str, values: Any, groups: Any, level: float, resamples:
         value, figures = _means(values, groups, resamples, random)
     else:
         value, figures = _figures(statistic, groups, resamples, random, operation)
-    low, high = np.quantile(figures, [(1 - level) / 2, (1 + level) / 2])
-    shift = value - figures.mean() if (bool(statistic) if centred is None else centred) else 0.0
-    return Estimate(value, float(low + shift), float(high + shift), sum(map(len, groups)), len(groups), resamples, level)
+    return Resampled(value, figures, sum(map(len, groups)), len(groups), bool(statistic) if centred is None else centred)
 
 
 def _values(values: Any, name: str) -> np.ndarray:
@@ -150,7 +202,7 @@ def _means(values: np.ndarray, groups: list[list[int]], resamples: int, random: 
     sums = np.array([values[group].sum() for group in groups])
     sizes = np.array([len(group) for group in groups], dtype=np.float64)
     means = [sums[drawn].sum(1) / sizes[drawn].sum(1) for drawn in _draws(len(groups), resamples, random)]
-    return float(sums.sum() / sizes.sum()), np.concatenate(means)
+    return float(sums.sum() / sizes.sum()), np.concatenate([np.empty(0), *means])
 
 
 def _figures(statistic: Statistic, groups: list[list[int]], resamples: int, random: np.random.Generator,

@@ -9,14 +9,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tqdm.auto import tqdm
+
 from sage.commands import call_defaults, check_fits
 from sage.evaluation.asked import Asked, ask, read_source
 from sage.evaluation.folder import EvaluationFolder, read_results
+from sage.evaluation.identity import pipeline_identity
 from sage.evaluation.knee import Knee, find_knee
 from sage.evaluation.methods import Method, grid, methods_at, planned, rivals
 from sage.evaluation.references import check_images, find_references
 from sage.evaluation.report import short_table, table
-from sage.evaluation.request import Request
+from sage.evaluation.request import MAY_CHANGE, Request
 from sage.info import command_line, machine, versions
 from sage.loading import EMBEDDED, check_device, check_model, cut_prompts, load_model
 from sage.output import digest, plain, to_json, write_atomic
@@ -26,6 +29,8 @@ if TYPE_CHECKING:
     from sage.evaluation.judge import Judge
 
 __all__ = ["Evaluation", "render"]
+
+DECIDING = ("sage-diffusion", "torch", "diffusers", "transformers")  # packages that decide pictures
 
 
 class Evaluation:
@@ -72,15 +77,19 @@ class Evaluation:
         former = self._former(settings)
         asked = self._ask()
         references = find_references(request.images, self.source, asked)
+        self._remark_on(references)
         self.folder.prepare()
-        self.drawing = True
         self.started = _now()
         self.record = {"state": "running", "command": command_line(), "settings": settings, "versions": versions(), "machine": machine()}
-        self.record["runs"] = [*(former or {}).get("runs", []), {"started": self.started, "machine": machine()["summary"]}]
+        run = {"started": self.started, "machine": machine()["summary"], "versions": versions(),
+               "asked": {name: settings[name] for name in MAY_CHANGE}}
+        self.record["runs"] = [*(former or {}).get("runs", []), run]
         self._write("evaluation.json", self.record)
         runner = Runner(self.pipe, asked, self.folder, guidance_scale=settings["guidance_scale"], max_rows=request.max_rows,
                         run=self.started, say=self._remark, progress=self.progress)
         judge = Judge(asked, self.extractors, references, self.folder, QUICK_RESAMPLES if request.quick else RESAMPLES)
+        judge.look_at_references()
+        self.drawing = True
         solvers = [self._solver(solver, asked, judge, runner) for solver in request.solvers or [""]]
         return self._finish(asked, judge, references, solvers)
 
@@ -100,17 +109,21 @@ class Evaluation:
 
     def _settings(self) -> dict[str, Any]:
         """Everything that decides pictures and figures, defaults filled in."""
+        from sage.encoders import find
+
         prompts, request = self.source.prompts, self.request
         guidance = call_defaults(self.pipe, embedded=request.model is None)[1]
         return {
             "model": request.model or EMBEDDED,
-            "prompts": digest([prompts.prompts, prompts.negative_prompts, prompts.seeds, prompts.images,
-                               [str(record) for record in self.source.records or ()]]),
+            "prompts": digest([prompts.prompts, prompts.negative_prompts, prompts.seeds]),
             **request.settings(),
             "extractor": self.specs,
             "guidance_scale": guidance if request.guidance_scale is None else request.guidance_scale,
             "dtype": str(self.pipe.dtype).removeprefix("torch."),
-            "weights": _weights(self.pipe),
+            "device": self.pipe.device.type,
+            "weights": pipeline_identity(self.pipe),
+            "encoder": find("auto", None, "cpu").identity(),
+            "packages": {name: version for name, version in versions().items() if name in DECIDING},
         }
 
     def _former(self, settings: dict[str, Any]) -> dict | None:
@@ -132,25 +145,31 @@ class Evaluation:
         return asked
 
     def _solver(self, solver: str, asked: Asked, judge: Judge, runner: Any) -> dict[str, Any]:
-        """Both phases of one solver: the grid and its knee, then everything at the knee and at the comfortable step count."""
+        """Both phases of one solver: the grid and its knee, then everything at the knee and at the comfortable step counts."""
         from sage.evaluation.results import SolverResults
         from sage.solvers import solver_name
 
         request = self.request
         alone = {method: method.plan(asked) for method in grid(request, solver)}
         runner.draw(alone, "grid")
-        knee = find_knee({method.steps: judge.guards(method) for method in alone if method.steps in request.grid}, request.margin)
+        bar = tqdm([method for method in alone if method.steps in request.grid], unit="method", desc="judging", disable=not self.progress)
+        knee = find_knee({method.steps: judge.guards(method) for method in bar}, request.margin)
         reference = Method("independent", knee.steps or max(request.grid), solver)
         self._say_knee(solver, knee, reference)
-        counts = list(dict.fromkeys([reference.steps, *([request.most_steps] if request.most_steps else [])]))
+        counts = list(dict.fromkeys([reference.steps, *request.more_counts]))
         candidates = [method for adapter in (None, *self.adapters) for steps in counts
                       for method in methods_at(steps, request, solver, adapter, self.no_cache is None)]
         plans = planned(candidates, asked, self._calls, self._remark)
         if "fewer-steps" in request.kinds:
-            plans |= {method: method.plan(asked) for method in rivals(plans, asked) if method not in plans}
+            plans |= {method: method.plan(asked) for method in rivals(plans, {}) if method not in plans}
         runner.draw(plans, "methods", again=[reference])
+        if "fewer-steps" in request.kinds:
+            late = {method: method.plan(asked) for method in rivals({}, self._computed(plans, runner)) if method not in plans}
+            runner.draw({reference: plans[reference]} | late, "rivals", again=[reference])
+            plans |= late
         name = solver or solver_name(self.pipe.scheduler)
         found = SolverResults(name, [*alone, *plans], knee, reference, asked, judge, runner, request.margin).as_json()
+        self._remark_on_knee(found)
         if "cache" in request.kinds and self.no_cache:
             found["unavailable"].append({"key": None, "label": "per-request cache", "kind": "cache", "steps": None, "value": None,
                                          "adapter": None, "why": self.no_cache})
@@ -165,6 +184,28 @@ class Evaluation:
         self.say(f"{name}the knee is at {count(knee.steps, 'step')}.")
         if knee.steps == min(self.request.grid) > 1:
             self._remark(f"{name}the knee is the least step count that was tried; fewer may be enough, so try fewer with --steps.")
+
+    def _computed(self, plans: dict, runner: Any) -> dict[Method, float]:
+        """Cached method → the fraction of the blocks that it computed, which is known once it is drawn."""
+        from sage.evaluation.runner import costs, totals
+
+        cached = [method for method in plans if method.kind == "cache" and method not in runner.unavailable]
+        found = {method: totals(costs(self.folder, method))["computed"] for method in cached}
+        return {method: share for method, share in found.items() if share is not None}
+
+    def _remark_on_knee(self, found: dict[str, Any]) -> None:
+        """Say where a step count that was drawn as a rival alone is as good as the knee."""
+        fewer = [row["steps"] for row in found["methods"] if row["kind"] == "independent" and row["adapter"] is None and row["within"]
+                 and row["steps"] < found["reference_steps"] and row["steps"] not in self.request.grid]
+        if fewer:
+            self._remark(f"{found['solver']}: {min(fewer)} steps, which --steps did not have, are within the margin too; savings are "
+                         "counted from more than is needed, so try --steps with them.")
+
+    def _remark_on(self, references: Any) -> None:
+        """Say what the reference pictures are too few for."""
+        if references is not None and references.count < self.extractors[0][1].dim:
+            self._remark(f"{count(references.count, 'real picture')} for {self.extractors[0][1].dim} features: the Fréchet distance is "
+                         "mostly bias then; compare it at equal numbers only.")
 
     def _calls(self, method: Method) -> int | None:
         """Denoiser calls of a method; None where they are not the steps: with two stages a step, or PNDM's extra ones."""
@@ -185,7 +226,7 @@ class Evaluation:
         groups = sum(len(group) > 1 for group in asked.groups)
         results = {
             "kind": "sage evaluation",
-            "version": 1,
+            "version": 2,
             **self.record,
             "state": "complete",
             "finished": _now(),
@@ -194,9 +235,10 @@ class Evaluation:
                         "chance": groups / sum(len(group) for group in asked.groups if len(group) > 1),
                         "similarity": asked.similarity, "encoder": asked.embeddings.encoder},
             "metrics": {spec: {name: title for name, title in of.items() if name in measured} for spec, of in titles.items()},
+            "resamples": judge.resamples,
             "guarded": [name for name in (*GUARDED, "diversity") if name in measured],
-            "references": references and {"name": references.name, "pictures": _how_many(references, asked),
-                                          "identity": references.identity},
+            "references": references and {"name": references.name, "pictures": references.count, "identity": references.identity,
+                                          "groups": len(judge.real_groups())},
             "real": real_row(judge),
             "floor": {spec: judge.floor(spec) for spec in judge.names},
             "solvers": solvers,
@@ -229,24 +271,6 @@ def _now() -> str:
 def _sheet_name(method: Method, with_solver: bool) -> str:
     parts = [method.label, f"{method.steps} steps", method.solver if with_solver else "", method.adapter.name if method.adapter else ""]
     return ", ".join(part for part in parts if part)
-
-
-def _weights(pipe: Any) -> str:
-    """Changes with the denoisers' weights, so that a run is not completed with another model's pictures; not with the device."""
-    import hashlib
-
-    from sage.denoiser import denoisers_of
-
-    whole = hashlib.sha256()
-    for module in denoisers_of(pipe).values():
-        for name, parameter in sorted(module.named_parameters()):
-            size = parameter.detach().cpu().double().abs().sum().item()
-            whole.update(f"{name} {tuple(parameter.shape)} {size:.6g}".encode())
-    return whole.hexdigest()[:16]
-
-
-def _how_many(references: Any, asked: Asked) -> int:
-    return len(references.files) if hasattr(references, "files") else references.images * len(asked.prompts)
 
 
 def _write_plot(results: dict[str, Any], path: Path) -> None:

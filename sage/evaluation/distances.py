@@ -3,21 +3,23 @@
     frechet_distance(drawn, real)                     # means and covariances
     kernel_distance(drawn, real)                      # all moments up to the third, no bias
     floor(real, frechet_distance, size=len(drawn))    # what two sets of one and the same distribution would have
+    FrechetTo(real), KernelTo(real)                   # the same two for many sets, with what is of `real` alone computed once
 
 What a distance may be called depends on the extractor of the features: `sage.evaluation.distance_name`.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
-from sage.evaluation.checks import as_features, as_pair, as_unit
+from sage.evaluation.checks import as_features, as_groups, as_pair, as_unit
 from sage.plan_checks import integer
 
-__all__ = ["Spread", "cmmd", "floor", "frechet_distance", "frechet_from_moments", "kernel_distance", "kernel_distance_subsets"]
+__all__ = ["FrechetTo", "KernelTo", "Spread", "cmmd", "floor", "frechet_distance", "frechet_from_moments", "kernel_distance",
+           "kernel_distance_subsets"]
 
 BLOCK = 2048  # rows of a kernel matrix that are computed at once: 32 MiB of float64 for each block
 
@@ -70,6 +72,25 @@ def frechet_distance(a: Any, b: Any) -> float:
     return _frechet(a.mean(0), _root_of_rows(a), b.mean(0), _root_of_rows(b))
 
 
+class FrechetTo:
+    """`frechet_distance` of many sets to one, whose mean and covariance are looked at once.
+
+    Args:
+        reference: [M, C], M ≥ 2.
+
+    Raises:
+        TypeError, ValueError: as `frechet_distance`.
+    """
+
+    def __init__(self, reference: Any):
+        reference = as_features(reference, "FrechetTo: reference", 2)
+        self._mean, self._root = reference.mean(0), _root_of_rows(reference)
+
+    def __call__(self, a: torch.Tensor) -> float:
+        """The distance of float64 [N, C], N ≥ 2."""
+        return _frechet(a.mean(0), _root_of_rows(a), self._mean, self._root)
+
+
 def frechet_from_moments(mean_a: Any, cov_a: Any, mean_b: Any, cov_b: Any) -> float:
     """`frechet_distance` of two Gaussians that are given by their moments.
 
@@ -110,6 +131,61 @@ def kernel_distance(a: Any, b: Any, degree: int = 3, gamma: float | None = None,
     a, b = as_pair(a, b, "kernel_distance", least=2)
     kernel = _polynomial(a.shape[1], degree, gamma, coef, "kernel_distance")
     return _unbiased(a, b, kernel, integer(block, "kernel_distance: block", 1))
+
+
+class KernelTo:
+    """`kernel_distance`, with its usual kernel, of many sets to one, whose own pairs are summed once.
+
+    Args:
+        reference: [M, C], M ≥ 2.
+        block: as in `kernel_distance`.
+
+    Raises:
+        TypeError, ValueError: as `kernel_distance`.
+    """
+
+    def __init__(self, reference: Any, block: int = BLOCK):
+        self._reference = as_features(reference, "KernelTo: reference", 2)
+        self._block = integer(block, "KernelTo: block", 1)
+        self._kernel = _polynomial(self._reference.shape[1], 3, None, 1.0, "KernelTo")
+        count = len(self._reference)
+        self._own = _own_pairs(self._reference, self._kernel, self._block)[0] / (count * (count - 1))
+
+    def of_groups(self, a: Any, groups: Sequence[Sequence[int]]) -> Callable[[torch.Tensor], float]:
+        """The distance of rows of `a` as a function of these rows, for `interval`: all rows of some groups, each as often as wanted.
+
+        The kernel is summed over pairs of groups once; after that a resample costs no more than a product with those sums.
+
+        Args:
+            a: [N, C], on the CPU as the reference.
+            groups: of rows of a, at least two rows together.
+        """
+        a = as_features(a, "KernelTo: a", 2)
+        groups = as_groups(groups, len(a), "KernelTo: groups")
+        sizes = torch.tensor([len(group) for group in groups], dtype=torch.float64)
+        number = torch.arange(len(groups)).repeat_interleave(sizes.long())  # the group of each row of x
+        x = a[torch.tensor([row for group in groups for row in group])]
+        pairs = torch.zeros(len(groups), len(groups), dtype=torch.float64)  # sums of the kernel over rows of two groups
+        itself, across = torch.zeros(2, len(groups), dtype=torch.float64)  # over rows with themselves, and with the reference's
+        blocks = list(zip(x.split(self._block), number.split(self._block)))
+        for rows, of in blocks:
+            for others, of_others in blocks:
+                kernel = self._kernel(rows, others)
+                by_group = torch.zeros(len(rows), len(groups), dtype=torch.float64).index_add_(1, of_others, kernel)
+                pairs.index_add_(0, of, by_group)
+                if others is rows:
+                    itself.index_add_(0, of, kernel.diagonal())
+            for others in self._reference.split(self._block):
+                across.index_add_(0, of, self._kernel(rows, others).sum(1))
+        across /= len(self._reference)
+        first = torch.tensor([group[0] for group in groups])
+
+        def distance(rows: torch.Tensor) -> float:
+            times = torch.bincount(rows, minlength=len(a))[first].double()  # how often each group was taken
+            n = float(times @ sizes)
+            return float((times @ pairs @ times - times @ itself) / (n * (n - 1)) + self._own - 2 * (times @ across) / n)
+
+        return distance
 
 
 def kernel_distance_subsets(a: Any, b: Any, subsets: int = 100, subset_size: int = 1000, seed: int = 0, degree: int = 3,

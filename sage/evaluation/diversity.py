@@ -39,6 +39,13 @@ class PerGroup:
         """Each value as a group of its own, for resampling."""
         return [[k] for k in range(len(self.values))]
 
+    def joined(self, count: int) -> list[list[int]]:
+        """Places of the values of every `count` given groups after one another, for resampling those that are no independent ones."""
+        places: dict[int, list[int]] = {}
+        for place, number in enumerate(self.kept.tolist()):
+            places.setdefault(number // count, []).append(place)
+        return list(places.values())
+
 
 def pairwise_distance(features: Any, groups: Sequence[Sequence[int]]) -> PerGroup:
     """The mean Euclidean distance between two different pictures of a group, in units of the features.

@@ -18,25 +18,31 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 
 from sage.evaluation import inception
+from sage.evaluation.identity import modules_identity
 from sage.evaluation.pictures import batches, to_pil
 
 __all__ = ["ClipFeatures", "DinoFeatures", "EmojiFeatures", "Extractor", "InceptionFeatures", "distance_name", "load_extractor"]
 
-KNOWN = '"emoji", "clip:NAME", "dinov2:NAME", "inception:FILE" and "inception"'
+KNOWN = '"emoji", "clip:NAME", "dinov2:NAME" and "inception:FILE"'
 EXTRA = 'pip install "sage-diffusion[eval]"'
 
 
 @runtime_checkable
 class Extractor(Protocol):
-    """What turns pictures into features. Those that also know texts have `embed_images` and `embed_texts`, with rows of length 1.
+    """What turns pictures into features.
+
+    Those that also know texts have `embed_texts`, `embed_images` and `embed_features`, with rows of length 1; the last of features that
+    are there already.
 
     Args:
         name: for records; holds no path.
         dim: width of the features.
+        identity: changes with the weights.
     """
 
     name: str
     dim: int
+    identity: str
 
     def image_features(self, images: Any, batch: int = 64) -> torch.Tensor:
         """Pictures (see `sage.evaluation.pictures.as_uint8`) → float32 [N, dim] on the CPU."""
@@ -57,6 +63,7 @@ class EmojiFeatures:
         self.scorer, self.device = load_scorer(), device
         self.tower = copy.deepcopy(self.scorer.tower).to(device)  # the scorer keeps its own, beside the text encoder
         self.dim = self.tower.norm.num_features
+        self.identity = modules_identity({"tower": self.scorer.tower, "text_encoder": self.scorer.text_encoder})
 
     def _run(self, function: Callable, images: Any, batch: int) -> torch.Tensor:
         ready = lambda pictures: torch.cat([self.scorer.to_tensor(picture[None]) for picture in pictures]).to(self.device)
@@ -69,6 +76,11 @@ class EmojiFeatures:
     def embed_images(self, images: Any, batch: int = 256) -> torch.Tensor:
         """float32 [N, 256], rows of length 1."""
         return self._run(self.tower, images, batch)
+
+    @torch.no_grad()
+    def embed_features(self, features: torch.Tensor) -> torch.Tensor:
+        """float32 [N, 256], rows of length 1."""
+        return torch.nn.functional.normalize(self.scorer.tower.project(features), dim=1)
 
     def embed_texts(self, texts: Sequence[str]) -> torch.Tensor:
         """float32 [N, 256], rows of length 1."""
@@ -103,6 +115,7 @@ class ClipFeatures:
         self.limit = min(self.tokenizer.model_max_length, text.max_position_embeddings)
         self._padding = "max_length" if "siglip" in self.model.config.model_type else True  # SigLIP was trained so
         self.dim = self.image_features([torch.zeros(3, 32, 32, dtype=torch.uint8)]).shape[1]
+        self.identity = modules_identity({"model": self.model})
 
     @property
     def is_cmmds(self) -> bool:
@@ -118,7 +131,11 @@ class ClipFeatures:
 
     def embed_images(self, images: Any, batch: int = 64) -> torch.Tensor:
         """float32 [N, dim], rows of length 1."""
-        return torch.nn.functional.normalize(self.image_features(images, batch), dim=1)
+        return self.embed_features(self.image_features(images, batch))
+
+    def embed_features(self, features: torch.Tensor) -> torch.Tensor:
+        """float32 [N, dim], rows of length 1."""
+        return torch.nn.functional.normalize(features, dim=1)
 
     @torch.no_grad()
     def embed_texts(self, texts: Sequence[str], batch: int = 256) -> torch.Tensor:
@@ -148,6 +165,7 @@ class DinoFeatures:
         if self.model.config.model_type not in ("dinov2", "dinov2_with_registers"):
             raise NotImplementedError(f'dinov2: {name} is a {type(self.model).__name__}; name a DINOv2, or use "clip:NAME" for a CLIP')
         self.name, self.dim = f"DINOv2 {name}", self.model.config.hidden_size
+        self.identity = modules_identity({"model": self.model})
 
     def image_features(self, images: Any, batch: int = 64) -> torch.Tensor:
         """float32 [N, dim]."""
@@ -175,6 +193,7 @@ class InceptionFeatures:
         model, self.is_published = inception.load_inception(source, allow_pickle)
         self.model, self.device = model.to(device), device
         self.name = "Inception-v3" if self.is_published else "Inception-v3, weights of unknown origin"
+        self.identity = modules_identity({"model": self.model})
 
     def image_features(self, images: Any, batch: int = 32) -> torch.Tensor:
         """float32 [N, 2048]."""
@@ -186,8 +205,8 @@ def load_extractor(spec: str, *, device: Any = "cpu", local_files_only: bool = F
     """The extractor that `spec` names.
 
     Args:
-        spec: "emoji"; "clip:NAME" or "dinov2:NAME", a folder or an id on the hub; "inception:FILE", or "inception" alone for the
-            published weights, which are downloaded.
+        spec: "emoji"; "clip:NAME" or "dinov2:NAME", a folder or an id on the hub; "inception:FILE", or, with consent, "inception"
+            alone for the published weights, which are downloaded.
         device: where it runs.
         local_files_only: whether to refuse downloads.
         allow_pickle: consent to unpickle Inception's published weights; everything else is safetensors.

@@ -5,7 +5,7 @@
     OUT/sheets/METHOD.png       a few groups drawn by each method; side-by-side.png: all methods
     OUT/methods/METHOD/         images/, manifest.jsonl and calls.jsonl: what each chunk cost
     OUT/features/               of the pictures, by method and extractor; may be removed at any time
-    OUT/evaluation.json         settings: what --resume goes by
+    OUT/evaluation.json         settings of all runs: what --resume goes by
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ import json
 import re
 from pathlib import Path
 
+from sage.evaluation.request import MAY_CHANGE
 from sage.output import PICTURE_NAME, OutputFolder, read_manifest
+from sage.prompts import InputError
 
 KEY = re.compile(r"[a-z0-9-]{1,160}")
 
@@ -25,6 +27,21 @@ class EvaluationFolder(OutputFolder):
     report_name = "evaluation.json"
     folders = ("methods", "features", "sheets")
     single_files = ("evaluation.json", "results.json", "table.md", "plot.png")
+
+    def check_resumable(self, settings: dict) -> bool:
+        """As `OutputFolder.check_resumable`, but what MAY_CHANGE names is not compared: it takes no picture's place.
+
+        Raises:
+            InputError: a setting that decides pictures differs; a LoRA of the name of a former run's is another one.
+        """
+        report = self.old_report() or {"settings": {}, "runs": []}
+        there = super().check_resumable(settings | {key: report["settings"].get(key) for key in MAY_CHANGE})
+        for run in report["runs"]:
+            for name, sha256 in run["asked"]["adapter"].items():
+                if settings["adapter"].get(name, sha256) != sha256:
+                    raise InputError(f"{self.path}: --resume wants the LoRA {name} that the run there had, and this file is another one; "
+                                     "give it another name.")
+        return there
 
     def method(self, key: str) -> Path:
         """The folder of a method's pictures, made if it is not there."""
@@ -53,14 +70,12 @@ class EvaluationFolder(OutputFolder):
 
 def read_results(path: str | Path) -> dict:
     """results.json as it was written. Raises InputError for anything else."""
-    from sage.prompts import InputError
-
     try:
         found = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"--table {path}: cannot be read ({error.strerror or error}).") from None
     except ValueError as error:
         raise InputError(f"--table {path}: not valid JSON ({error}).") from None
-    if not isinstance(found, dict) or found.get("kind") != "sage evaluation" or found.get("version") != 1:
+    if not isinstance(found, dict) or found.get("kind") != "sage evaluation" or found.get("version") != 2:
         raise InputError(f"--table {path}: no results of `sage evaluate` (wanted results.json of a run of this version).")
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,8 @@ from typing import Any
 import torch
 
 from sage.evaluation.asked import Asked
-from sage.evaluation.distances import floor, frechet_distance, kernel_distance
-from sage.evaluation.diversity import PerGroup, distance_to, pairwise_distance, vendi_within
+from sage.evaluation.distances import FrechetTo, KernelTo, floor, frechet_distance, kernel_distance
+from sage.evaluation.diversity import distance_to, pairwise_distance, vendi_within
 from sage.evaluation.features import distance_name
 from sage.evaluation.folder import EvaluationFolder
 from sage.evaluation.knee import Measurement
@@ -25,11 +26,10 @@ from sage.prompts import InputError
 __all__ = ["GUARDED", "Judge", "check_extractors"]
 
 GUARDED = ("identification", "score", "frechet")  # of the knee; verdicts also guard diversity
-RESAMPLES = {"means": 2000, "frechet": 200, "kernel": 50}
-QUICK_RESAMPLES = {"means": 1000, "frechet": 40, "kernel": 20}
+# Of bootstraps, by kind of figure; Fréchet distances cost the most, and are resampled for the judging extractor alone.
+RESAMPLES = {"means": 2000, "frechet": 400, "kernel": 2000}
+QUICK_RESAMPLES = {"means": 1000, "frechet": 100, "kernel": 1000}
 BATCH = 256  # pictures that are held at once
-
-Features = dict[str, torch.Tensor]
 
 
 def check_extractors(specs: Sequence[str], device: Any) -> list[tuple[str, Any]]:
@@ -65,6 +65,13 @@ class Judge:
         knowing = [(spec, extractor) for spec, extractor in extractors if hasattr(extractor, "embed_texts")]
         self._texts = {spec: extractor.embed_texts(list(asked.prompts)) for spec, extractor in knowing}  # [n, C]
         self._measured: dict[tuple[str, str], dict[str, Measurement]] = {}
+        self._real: dict[str, dict[str, Measurement] | None] = {}
+        self._distances: dict[str, tuple[FrechetTo, KernelTo]] = {}
+
+    def look_at_references(self) -> None:
+        """Make the features of the real pictures now, so that a bad file is found before hours of drawing. Raises InputError."""
+        for spec in self.names if self.references is not None else ():
+            self._reference(spec)
 
     @property
     def names(self) -> list[str]:
@@ -99,22 +106,42 @@ class Judge:
         return {name: measured[name] for name in GUARDED if name in measured}
 
     def real(self, spec: str) -> dict[str, Measurement] | None:
-        """The real pictures as if they had been drawn; None where they are not aligned with the prompts."""
+        """The real pictures as if they had been drawn; None where they are not those of the prompts, or too few groups are left."""
+        if spec not in self._real:
+            self._real[spec] = self._measure_real(spec)
+        return self._real[spec]
+
+    def real_groups(self) -> list[int]:
+        """Numbers of the groups whose prompts all have pictures of their own: of two captions of one photograph none is the wrong one."""
         references = self.references
         if references is None or not references.images:
+            return []
+        numbers = range(len(self.asked.groups))
+        if references.places is None:
+            return list(numbers)
+        return [k for k in numbers if len({references.places[row] for row in self.asked.groups[k]}) == len(self.asked.groups[k])]
+
+    def _measure_real(self, spec: str) -> dict[str, Measurement] | None:
+        kept, references = self.real_groups(), self.references
+        if sum(len(self.asked.groups[k]) > 1 for k in kept) < 2:
             return None
         asked = self.asked if references.images == self.asked.images else self.asked.single()
-        features = self._features("real", references.identity, references.real, spec)
-        return self._metrics(features, asked, spec, distances=references.independent)
+        asked = replace(asked, groups=tuple(asked.groups[k] for k in kept), medoids=tuple(asked.medoids[k] for k in kept))
+        if references.places is None:
+            return self._metrics(self._features("real", references.identity, references.real, spec), asked, spec)
+        return self._metrics(self._reference(spec)[list(references.places)], asked, spec, distances=False)
 
     def floor(self, spec: str) -> dict[str, Any] | None:
-        """What real pictures have as distance from real pictures, by metric; None where too few are there to say."""
+        """What real pictures have as distance from real pictures, by metric; None where too few are there to say.
+
+        "comparable" says whether it is between sets of the sizes that methods are compared at; a Fréchet distance falls with them.
+        """
         if self.references is None:
             return None
-        if self.references.independent:
+        if self.references.places is None:
             real = self.real(spec)
-            return {name: {"what": "two draws of real pictures, as many as drawn ones", **real[name].estimate().as_json()}
-                    for name in ("frechet", "kernel")}
+            about = {"what": "two draws of real pictures, as many as drawn ones", "comparable": True}
+            return {name: {**about, **real[name].estimate().as_json()} for name in ("frechet", "kernel")}
         features = self._reference(spec)
         size = min(self.asked.pictures, len(features) // 2)
         if size < 2:
@@ -122,12 +149,12 @@ class Judge:
         what, found = f"two halves of the reference pictures, {size} in each, 10 times", {}
         for name, distance in (("frechet", frechet_distance), ("kernel", kernel_distance)):
             spread = floor(features, distance, size=size).as_json()
-            found[name] = {"what": what, "value": spread["mean"], "sd": spread["sd"], "n": size}
+            found[name] = {"what": what, "comparable": False, "value": spread["mean"], "sd": spread["sd"], "n": size}
         return found
 
     def moved(self, method: Method, other: Method, spec: str) -> Measurement:
         """How far each picture is from that of another method with the same prompt and seed, in features."""
-        ours, theirs = (self._features_of(one, spec)["features"].double() for one in (method, other))
+        ours, theirs = (self._features_of(one, spec).double() for one in (method, other))
         return Measurement((ours - theirs).norm(dim=1), self.asked.clusters(), None, self.resamples["means"])
 
     def moved_pixels(self, method: Method, other: Method) -> Measurement:
@@ -138,52 +165,59 @@ class Judge:
             parts.append(distance_to(batch, list(islice(theirs, BATCH))).rmse)
         return Measurement(torch.cat(parts), self.asked.clusters(), None, self.resamples["means"])
 
-    def _metrics(self, features: Features, asked: Asked, spec: str, distances: bool = True) -> dict[str, Measurement]:
-        clusters, x, means = asked.clusters(), features["features"].double(), self.resamples["means"]
+    def _metrics(self, features: torch.Tensor, asked: Asked, spec: str, distances: bool = True) -> dict[str, Measurement]:
+        clusters, x, means = asked.clusters(), features.double(), self.resamples["means"]
         found = {}
         if spec in self._texts:
+            embeds = dict(self.extractors)[spec].embed_features(features)
             texts = self._texts[spec].repeat_interleave(asked.images, 0)
-            right = identification(features["embeds"], texts, clusters, captions=asked.picture_prompts)
+            right = identification(embeds, texts, clusters, captions=asked.picture_prompts)
             found["identification"] = Measurement(right.right.double(), right.groups, True, means)
-            found["score"] = Measurement(clip_scores(features["embeds"], texts), clusters, True, means)
-        sets = asked.sets()
+            found["score"] = Measurement(clip_scores(embeds, texts), clusters, True, means)
+        sets = asked.sets()  # counted group after group, one for each image number
         for name, figure in (("diversity", pairwise_distance), ("vendi", vendi_within)):
             per_set = figure(x, sets)
-            found[name] = Measurement(per_set.values, _by_group(per_set, asked.images), True, means)
+            found[name] = Measurement(per_set.values, per_set.joined(asked.images), True, means)
         if self.references is not None and distances:
-            reference = self._reference(spec)
-            for name, distance in (("frechet", frechet_distance), ("kernel", kernel_distance)):
-                figure = lambda rows, distance=distance: distance(x[rows], reference)
-                found[name] = Measurement(figure, clusters, False, self.resamples[name])
+            frechet, kernel = self._distances_of(spec)
+            resamples = self.resamples["frechet"] if spec == self.names[0] else 0
+            found["frechet"] = Measurement(lambda rows: frechet(x[rows]), clusters, False, resamples)
+            found["kernel"] = Measurement(kernel.of_groups(x, clusters), clusters, False, self.resamples["kernel"])
         return found
 
-    def _reference(self, spec: str) -> torch.Tensor:
-        return self._features("reference", self.references.identity, self.references.pictures, spec)["features"].double()
+    def _distances_of(self, spec: str) -> tuple[FrechetTo, KernelTo]:
+        """Distances to the reference pictures."""
+        if spec not in self._distances:
+            reference = self._reference(spec).double()
+            self._distances[spec] = FrechetTo(reference), KernelTo(reference)
+        return self._distances[spec]
 
-    def _features_of(self, method: Method, spec: str) -> Features:
+    def _reference(self, spec: str) -> torch.Tensor:
+        return self._features("reference", self.references.identity, self.references.pictures, spec)
+
+    def _features_of(self, method: Method, spec: str) -> torch.Tensor:
         files = file_names(self.folder, method)
         return self._features(method.key, digest(sha256s(self.folder, method)), lambda: _pictures(files), spec)
 
-    def _features(self, key: str, identity: str, pictures: Any, spec: str) -> Features:
-        """From the file, if it is of these pictures; else made, and written there."""
+    def _features(self, key: str, identity: str, pictures: Any, spec: str) -> torch.Tensor:
+        """float32 [N, C], from the file, if it is of these pictures and weights; else made, and written there."""
         from safetensors import SafetensorError, safe_open
         from safetensors.torch import save_file
 
+        extractor = dict(self.extractors)[spec]
+        about = {"pictures": identity, "extractor": extractor.identity}
         path = self.folder.path / "features" / f"{key}--{slug(spec)}-{digest(spec)[:8]}.safetensors"
         try:
             with safe_open(path, "pt") as file:
-                if (file.metadata() or {}).get("pictures") == identity:
-                    return {name: file.get_tensor(name) for name in file.keys()}
+                if file.metadata() == about:
+                    return file.get_tensor("features")
         except (OSError, SafetensorError):
             pass
-        extractor = dict(self.extractors)[spec]
-        found = {"features": extractor.image_features(pictures())}
-        if spec in self._texts:
-            found["embeds"] = extractor.embed_images(pictures())
+        features = extractor.image_features(pictures()).contiguous()
         path.parent.mkdir(exist_ok=True)
         with whole_or_nothing(path) as temporary:
-            save_file({name: x.contiguous() for name, x in found.items()}, temporary, metadata={"pictures": identity})
-        return found
+            save_file({"features": features}, temporary, metadata=about)
+        return features
 
 
 def _pictures(files: Sequence[Path]) -> Iterator[Any]:
@@ -193,10 +227,3 @@ def _pictures(files: Sequence[Path]) -> Iterator[Any]:
         with Image.open(file) as image:
             yield image.convert("RGB")
 
-
-def _by_group(per_set: PerGroup, images: int) -> list[list[int]]:
-    """Places in the values of each group's sets; sets are counted group after group, one for each image number."""
-    places: dict[int, list[int]] = {}
-    for place, number in enumerate(per_set.kept.tolist()):
-        places.setdefault(number // images, []).append(place)
-    return list(places.values())

@@ -2,57 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
-from sage.evaluation.bootstrap import Estimate, interval, paired_interval
+from sage.evaluation.bootstrap import Estimate, resample
 
 __all__ = ["Knee", "Measurement", "find_knee", "within"]
 
 
-class _Once:
-    """A figure of rows that remembers: resampling draws the same rows for every method and comparison."""
-
-    def __init__(self, figure: Callable[[torch.Tensor], float]):
-        self._figure, self._known = figure, {}
-
-    def __call__(self, rows: torch.Tensor) -> float:
-        key = hash(rows.numpy().tobytes())
-        if key not in self._known:
-            self._known[key] = float(self._figure(rows))
-        return self._known[key]
-
-
-@dataclass(frozen=True, eq=False)
 class Measurement:
-    """One metric of one method.
+    """One metric of one method. It is resampled here and once: what it was made of may go, and differences cost nothing.
 
     Args:
-        values: [N], whose mean is the metric; or a function of rows, computed once for the same rows.
+        values: [N], whose mean is the metric; or a function of rows.
         groups: rows of `values` (of the function) that are resampled together; the same for all methods.
         up: whether more is better; None: neither.
-        resamples: of the bootstrap.
+        resamples: of the bootstrap; 0: no interval.
     """
 
-    values: Any
-    groups: Sequence[Sequence[int]]
-    up: bool | None = True
-    resamples: int = 2000
-
-    def __post_init__(self):
-        if callable(self.values) and not isinstance(self.values, _Once):
-            object.__setattr__(self, "values", _Once(self.values))
+    def __init__(self, values: Any, groups: Sequence[Sequence[int]], up: bool | None = True, resamples: int = 2000):
+        self.up, self._resampled = up, resample(values, groups, resamples=resamples)
 
     def estimate(self) -> Estimate:
         """The metric and its interval."""
-        return interval(self.values, self.groups, resamples=self.resamples)
+        return self._resampled.estimate()
 
     def minus(self, other: Measurement) -> Estimate:
         """The difference to the same metric of another method, on the same prompts and seeds."""
-        return paired_interval(self.values, other.values, self.groups, resamples=self.resamples)
+        return self._resampled.minus(other._resampled).estimate()
 
 
 def within(difference: Estimate, reference: float, up: bool, margin: float) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -101,8 +101,8 @@ def _tree(leaves: list[Leaf], asked: Asked, method: Method) -> SharingPlan:
 
 
 def grid(request: Request, solver: str) -> list[Method]:
-    """Independent sampling at every step count, most first, the comfortable one among them."""
-    counts = {*request.grid, *([request.most_steps] if request.most_steps else [])}
+    """Independent sampling at every step count, most first, the comfortable ones among them."""
+    counts = {*request.grid, *request.more_counts}
     return [Method("independent", steps, solver) for steps in sorted(counts, reverse=True)]
 
 
@@ -162,12 +162,15 @@ def planned(methods: Iterable[Method], asked: Asked, calls: Callable[[Method], i
     return kept
 
 
-def rivals(plans: dict, asked: Asked) -> list[Method]:
-    """Independent sampling at the step counts whose rows are nearest to what each sharing method needs."""
-    found = []
-    for method, plan in plans.items():
-        if method.shares and method.kind != "shared-noise":
-            left = 1 - plan.cost(method.steps, branch_back=method.branch_back).saving
-            steps = min(max(1, round(left * method.steps)), method.steps)
-            found.append(Method("independent", steps, method.solver, None, method.adapter))
+def rivals(plans: Mapping[Method, SharingPlan], computed: Mapping[Method, float]) -> list[Method]:
+    """Independent sampling at the step counts whose rows are nearest to what each method of sharing or skipping needs, with its adapter.
+
+    Args:
+        plans: of methods, of which those that share are looked at.
+        computed: cached method → the fraction of the blocks that it computed, as far as that is known.
+    """
+    left = {method: 1 - plan.cost(method.steps, branch_back=method.branch_back).saving for method, plan in plans.items()
+            if method.shares and method.kind != "shared-noise"}
+    found = [Method("independent", min(max(1, round(part * method.steps)), method.steps), method.solver, None, method.adapter)
+             for method, part in {**left, **computed}.items()]
     return list(dict.fromkeys(found))

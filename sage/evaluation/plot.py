@@ -157,15 +157,11 @@ def _write_labels(ax: Any, labels: Sequence[Label]) -> None:
 
 
 def _band(ax: Any, results: Mapping[str, Any], spec: str, metric: str) -> None:
-    """Where real pictures are."""
-    real = (results["real"] or {}).get(spec, {}).get(metric) or (results["floor"].get(spec) or {}).get(metric)
+    """Where real pictures are; for a distance, only at the sizes that methods are compared at."""
+    real = (results["real"] or {}).get(spec, {}).get(metric)
     if not real:
         return
-    low, high = real.get("low"), real.get("high")
-    if low is None:
-        spread = real.get("sd") or 0.0
-        low, high = real["value"] - spread, real["value"] + spread
-    ax.axhspan(low, high, color=REAL, alpha=0.3, linewidth=0)
+    ax.axhspan(real["low"], real["high"], color=REAL, alpha=0.3, linewidth=0)
     text = "real pictures from real ones" if metric == "frechet" else "real pictures"
     ax.annotate(text, (0.99, real["value"]), xycoords=("axes fraction", "data"), ha="right", va="center", fontsize=8, color="#4b5563")
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from sage.encoder_identity import file_sha256
 from sage.evaluation.asked import Asked, Source
 from sage.evaluation.request import picture_files
 from sage.output import digest
-from sage.prompts import InputError
+from sage.prompts import InputError, count
 
 __all__ = ["References", "find_references"]
 
@@ -22,72 +23,98 @@ class References(Protocol):
 
     Attributes:
         name: for tables.
-        images: real pictures of each prompt in `real`, in the order of the prompts; 0: there is no such row.
-        independent: whether `real` and `pictures` are two draws; if not, they are the same pictures, and have no distance.
+        count: pictures in `pictures`.
+        images: real pictures of each prompt in the row of real pictures, in the order of the prompts; 0: there is no such row.
         identity: changes with the pictures.
+        places: where the row's pictures stand among `pictures`; None: they are a draw of their own, `real`, and have a distance to them.
     """
 
     name: str
+    count: int
     images: int
-    independent: bool
     identity: str
+    places: Sequence[int] | None
 
     def pictures(self) -> Any:
-        """The set that distances are measured to, as `sage.evaluation` takes pictures."""
+        """The set that distances are measured to, as `sage.evaluation` takes pictures; no picture is in it twice."""
 
     def real(self) -> Any:
-        """images · n pictures, those of a prompt together."""
+        """images · n pictures, those of a prompt together; None where they are among `pictures`."""
 
 
-@dataclass(frozen=True)
 class Files:
-    """Pictures in a folder; `aligned`: one for each prompt, in their order."""
+    """Pictures in a folder. Equal files count once, since a reference set holds a photograph once however many captions it has.
 
-    name: str
-    files: tuple[Path, ...]
-    aligned: bool
-    independent: bool = False
+    Args:
+        name: for tables.
+        files: of the pictures.
+        aligned: whether they are those of the prompts, one for each, in their order.
 
-    @property
-    def images(self) -> int:
-        return int(self.aligned)
+    Raises:
+        InputError: a file cannot be read; all files are equal.
+    """
 
-    @property
-    def identity(self) -> str:
-        return digest([[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in self.files])
+    def __init__(self, name: str, files: Sequence[Path], aligned: bool):
+        self.name, self.images = name, int(aligned)
+        first: dict[str, int] = {}  # sha256 → place among the distinct files
+        self.places, self._distinct = [], []
+        for file in files:
+            sha256 = _sha256(file)
+            if sha256 not in first:
+                first[sha256] = len(self._distinct)
+                self._distinct.append(file)
+            self.places.append(first[sha256])
+        if len(first) < 2:
+            raise InputError(f"--images: wanted at least two different pictures, got {count(len(files), 'file')} with "
+                             f"{len(first)}; distances are between sets.")
+        self.count, self.identity = len(first), digest(list(first))
 
     def pictures(self) -> Iterator[Any]:
-        from PIL import Image
+        return map(_opened, self._distinct)
 
-        for file in self.files:
-            try:
-                with Image.open(file) as image:
-                    yield image.convert("RGB")
-            except OSError as error:
-                raise InputError(f"--images: {file} cannot be read as a picture ({error}).") from None
+    def real(self) -> None:
+        return None
 
-    real = pictures
+
+def _sha256(file: Path) -> str:
+    try:
+        return file_sha256(file)
+    except OSError as error:
+        raise _unreadable(file, error) from None
+
+
+def _opened(file: Path) -> Any:
+    from PIL import Image
+
+    try:
+        with Image.open(file) as image:
+            return image.convert("RGB")
+    except Exception as error:  # Pillow raises errors of all kinds for broken files and for enormous ones
+        raise _unreadable(file, error) from None
+
+
+def _unreadable(file: Path, error: Exception) -> InputError:
+    return InputError(f"--images: {file} cannot be read as a picture ({' '.join(str(error).split())[:200]}); mend it or take it away.")
 
 
 class Drawn:
     """Real pictures of the embedded benchmark, composed anew for every seed."""
 
-    name, independent = "the benchmark's real pictures", True
+    name, places = "the benchmark's real pictures", None
 
     def __init__(self, records: list, images: int):
-        self._records, self.images = records, images
-        self.identity = digest([list(map(str, records)), images, REFERENCE_SEED, REAL_SEED])
-
-    def pictures(self) -> Any:
-        return self._draw(REFERENCE_SEED)
-
-    def real(self) -> Any:
-        return self._draw(REAL_SEED)
-
-    def _draw(self, seed: int) -> Any:
         import sage.emoji
 
-        return sage.emoji.real_pictures(self._records, self.images, seed)
+        self.images, self.count = images, images * len(records)
+        self._drawn = [sage.emoji.real_pictures(records, images, seed) for seed in (REFERENCE_SEED, REAL_SEED)]
+        # By the pixels: sprites, or the way they are composed, may be another release's.
+        self.identity = digest([hashlib.sha256(drawn.numpy().tobytes()).hexdigest() for drawn in self._drawn])
+
+    def pictures(self) -> Any:
+        return self._drawn[0]
+
+    def real(self) -> Any:
+        return self._drawn[1]
 
 
 def find_references(images: str | None, source: Source, asked: Asked) -> References | None:
@@ -97,14 +124,14 @@ def find_references(images: str | None, source: Source, asked: Asked) -> Referen
         images: --images.
 
     Raises:
-        InputError: a picture that a line names is missing or outside the folder.
+        InputError: a picture that a line names is missing or outside the folder; there are no two different ones.
     """
     if images is not None:
         folder = Path(images).expanduser()
         if source.prompts.images is None:
-            return Files(f"the pictures in {folder.name}", tuple(picture_files(folder)), aligned=False)
+            return Files(f"the pictures in {folder.name}", picture_files(folder), aligned=False)
         files = [picture_of(folder, source.prompts.images[row]) for row in asked.rows]
-        return Files(f"the pictures of the prompts in {folder.name}", tuple(files), aligned=True)
+        return Files(f"the pictures of the prompts in {folder.name}", files, aligned=True)
     if source.records is not None:
         return Drawn([source.records[row] for row in asked.rows], asked.images)
     return None

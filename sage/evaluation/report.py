@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sage.evaluation.results import name_of, sentence, words
+from sage.evaluation.results import bar, name_of, sentence
 
 __all__ = ["short_table", "table"]
 
 ORDER = ("identification", "score", "frechet", "kernel", "diversity", "vendi", "moved", "moved_pixels")
 ARROW = {True: " ↑", False: " ↓", None: ""}
 DIGITS = {"identification": 3, "score": 2, "frechet": 3, "kernel": 4, "diversity": 3, "vendi": 3, "moved": 2, "moved_pixels": 1}
-COMPARISONS = {"to_reference": "to the reference", "to_rival": "to fewer steps at equal rows", "to_own": "to the same without sharing"}
+COMPARISONS = {"to_bar": "to what “within” goes by: the best of independent sampling, for diversity the reference",
+               "to_reference": "to the reference", "to_rival": "to fewer steps at equal rows, up to a tenth",
+               "to_own": "to the same without sharing"}
 
 
 def table(results: Mapping[str, Any]) -> str:
@@ -68,17 +70,37 @@ def _about(results: Mapping[str, Any]) -> str:
         f"{asked['chance']:.3f}.",
         f"Cost is denoiser rows; {guidance}. “Saved” is measured from independent sampling at the knee, over prompts with a neighbour "
         "and over all prompts that were read.",
-        "Brackets are 95 % bootstrap intervals that resample whole groups; differences are paired by prompt and seed. “Within”: the whole "
-        f"interval of the difference to the reference is no worse than {results['settings']['margin']:.0%} of the reference's value, for "
-        f"{words(results['guarded'])}. Intervals are not corrected for the number of comparisons.",
-        f"Seconds are of {results['machine']['summary']}, and comparable within this table only; methods were drawn in turns, a few groups "
-        "at a time.",
+        f"Brackets are 95 % bootstrap intervals that resample whole groups, {_resamples(results)}; differences are paired by prompt and "
+        "seed. Intervals are not corrected for the number of comparisons.",
+        f"“Within”: {bar(results['guarded'], results['settings']['margin'])}, whole intervals of the differences included. "
+        "But for diversity, this is the bar that the knee itself had to pass. Step counts below it are never recommended.",
+        f"Seconds are of {'; '.join(dict.fromkeys(run['machine'] for run in results['runs']))}, and comparable within this table only; "
+        "methods were drawn in turns, a few groups at a time, and each one's first turn does not count where there are more. Time saved is "
+        "of the reference's in the same turns; step counts that were drawn to find the knee were drawn before all others.",
+        "A rival of equal rows is independent sampling whose rows differ by a tenth at the most; “–”: there is none, or none is asked for.",
     ]
     if results["references"]:
-        lines.append(f"Distances are to {results['references']['name']} ({results['references']['pictures']}).")
+        lines.append(_about_references(results))
     if len(results["runs"]) > 1:
         lines.append(f"Drawn in {len(results['runs'])} runs.")
     return "\n".join(f"- {line}" for line in lines)
+
+
+def _resamples(results: Mapping[str, Any]) -> str:
+    counts = results["resamples"]
+    others = "; for extractors that do not judge it has none" if len(results["metrics"]) > 1 else ""
+    frechet = f" (the Fréchet distance {counts['frechet']} times{others})" if results["references"] else ""
+    rough = ": a quick run, whose ends are rough" if results["settings"]["quick"] else ""
+    return f"{counts['means']} times{frechet}{rough}"
+
+
+def _about_references(results: Mapping[str, Any]) -> str:
+    of, asked = results["references"], results["prompts"]
+    left_out = asked["groups"] - of["groups"]
+    text = f"Distances are to {of['name']} ({of['pictures']} different ones)."
+    if results["real"] and left_out > 0:
+        text += f" The row of real pictures leaves out {left_out} groups in which one picture belongs to several prompts."
+    return text
 
 
 def _knee(solver: Mapping[str, Any], margin: float) -> str:
@@ -128,7 +150,11 @@ def _floor(results: Mapping[str, Any], spec: str) -> str:
     if not floor:
         return ""
     of = [f"{results['metrics'][spec][name]} {figure['value']:.{DIGITS[name]}f}" for name, figure in floor.items()]
-    return f"Real pictures against real pictures ({floor['frechet']['what']}): {', '.join(of)}."
+    text = f"Real pictures against real pictures ({floor['frechet']['what']}): {', '.join(of)}."
+    if not floor["frechet"]["comparable"]:
+        text += (f" Methods are compared at other numbers, {results['prompts']['pictures']} pictures to "
+                 f"{results['references']['pictures']}, with which Fréchet distances fall: no bound for them.")
+    return text
 
 
 def _differences(results: Mapping[str, Any], solver: Mapping[str, Any], spec: str, comparison: str) -> str:
@@ -168,8 +194,8 @@ def _interval(estimate: Mapping[str, float] | None, digits: int, signed: bool = 
     if estimate is None:
         return "–"
     sign = "+" if signed else ""
-    value, low, high = (f"{estimate[name]:{sign}.{digits}f}" for name in ("value", "low", "high"))
-    return f"{value} [{low}, {high}]"
+    value, *ends = (f"{estimate[name]:{sign}.{digits}f}" for name in ("value", "low", "high") if estimate[name] is not None)
+    return f"{value} [{', '.join(ends)}]" if ends else value
 
 
 def _markdown(head: Sequence[Any], rows: Sequence[Sequence[Any]]) -> str:

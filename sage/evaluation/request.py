@@ -11,7 +11,7 @@ from sage.encoder_identity import file_sha256
 from sage.output import slug
 from sage.prompts import InputError, check_seed
 
-__all__ = ["METHODS", "Adapter", "Request", "numbers"]
+__all__ = ["MAY_CHANGE", "METHODS", "Adapter", "Request", "numbers"]
 
 # What --method knows; independent sampling is always there.
 METHODS = ("fewer-steps", "shared-noise", "share", "step-back", "tree", "cache")
@@ -20,6 +20,8 @@ SHARES = (0.1, 0.2, 0.3, 0.4, 0.5)
 BACK_SHARES = (0.3, 0.5)  # those of the shares that are also drawn with a step back, if they are among them
 BUDGETS = (0.9, 0.8, 0.7)
 QUICK = {"steps": (10, 6, 4, 3), "shares": (0.2, 0.4), "budgets": (0.8,), "images": 2, "limit": 20}
+# Settings that decide what is drawn and how it is judged, but not what a method's pictures look like: --resume may change them.
+MAY_CHANGE = ("adapter", "budget", "comfortable", "extractor", "images", "margin", "method", "quick", "share", "solver", "steps")
 PICTURE_FILES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
@@ -59,7 +61,7 @@ class Request:
         images: folder of pictures to compare with.
         solvers: names; empty: the model's own scheduler.
         steps, shares, budgets: what to try.
-        comfortable: step count at which all methods are drawn too; 0: at none.
+        comfortable: step counts at which all methods are drawn too; (0,): at none.
         images_per_prompt: seeds of each prompt.
         similarity, max_group_size: of the groups.
         margin: relative to the best value.
@@ -80,7 +82,7 @@ class Request:
     steps: Sequence[int] | None = None
     shares: Sequence[float] | None = None
     budgets: Sequence[float] | None = None
-    comfortable: int | None = None
+    comfortable: Sequence[int] | None = None
     images_per_prompt: int | None = None
     similarity: float = 0.6
     max_group_size: int = 8
@@ -121,11 +123,11 @@ class Request:
         return self._usual(self.limit, "limit", None)
 
     @property
-    def most_steps(self) -> int | None:
-        """The comfortable step count; None: nothing is drawn there but independent pictures."""
-        if self.comfortable is not None:
-            return self.comfortable or None
-        return None if self.quick else max(self.grid)
+    def more_counts(self) -> tuple[int, ...]:
+        """The comfortable step counts, largest first; empty: all methods are drawn at the knee only."""
+        usual = () if self.quick else (max(self.grid),)
+        given = usual if self.comfortable is None else self.comfortable
+        return tuple(sorted(set(given) - {0}, reverse=True))
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -138,7 +140,7 @@ class Request:
         """Refuse what is out of range or unknown, before anything is loaded. Raises InputError."""
         for name, low, values in (("--steps", 1, self.steps or ()), ("--images-per-prompt", 1, [self.images_per_prompt]),
                                   ("--max-rows", 1, [self.max_rows]), ("--limit", 2, [self.limit]),
-                                  ("--comfortable", 0, [self.comfortable]), ("--max-group-size", 2, [self.max_group_size])):
+                                  ("--comfortable", 0, self.comfortable or ()), ("--max-group-size", 2, [self.max_group_size])):
             for value in values:
                 if value is not None and value < low:
                     raise InputError(f"{name} must be at least {low}, got {value}.")
@@ -166,6 +168,12 @@ class Request:
         for method in self.methods:
             if method not in METHODS:
                 raise InputError(f"--method {method}: unknown; known methods: {', '.join(METHODS)} (independent is always drawn).")
+        for spec in self.extractors:
+            kind, _, name = spec.partition(":")
+            if kind == "inception" and not name.endswith(".safetensors"):
+                raise InputError(f"--extractor {spec}: wanted inception:FILE with a .safetensors file. The published weights are a pickle; "
+                                 "convert them once: from sage.evaluation import convert_inception; "
+                                 'convert_inception(None, "inception.safetensors", allow_pickle=True).')
         for name, values in (("--solver", self.solvers), ("--method", self.methods), ("--extractor", self.extractors)):
             if len(set(values)) < len(values):
                 raise InputError(f"{name}: {', '.join(values)} names one of them twice.")
@@ -179,7 +187,7 @@ class Request:
         return found
 
     def settings(self) -> dict[str, Any]:
-        """What decides pictures and figures, for the record and for --resume; files by digest."""
+        """What decides pictures and figures, for the record and for --resume (see MAY_CHANGE); files by digest."""
         return {
             "adapter": {adapter.name: file_sha256(adapter.path) for adapter in self.load_adapters()},
             "images": self.images,
@@ -187,7 +195,7 @@ class Request:
             "steps": list(self.grid),
             "share": list(self.all_shares),
             "budget": list(self.all_budgets),
-            "comfortable": self.most_steps,
+            "comfortable": list(self.more_counts),
             "images_per_prompt": self.seeds_per_prompt,
             "similarity": self.similarity,
             "max_group_size": self.max_group_size,
@@ -218,8 +226,10 @@ def _check_images(given: str) -> None:
     folder = Path(given).expanduser()
     if not folder.is_dir():
         raise InputError(f"--images {given}: no such folder.")
-    if not picture_files(folder):
-        raise InputError(f"--images {given}: no pictures in it (wanted files ending in {', '.join(PICTURE_FILES)}).")
+    found = len(picture_files(folder))
+    if found < 2:
+        raise InputError(f"--images {given}: {'one picture' if found else 'no pictures'} in it; wanted two at the least, files ending in "
+                         f"{', '.join(PICTURE_FILES)}.")
 
 
 def picture_files(folder: Path) -> list[Path]:

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from tqdm.auto import tqdm
 
 from sage.evaluation.asked import Asked
-from sage.evaluation.judge import GUARDED, Judge
+from sage.evaluation.judge import Judge
 from sage.evaluation.knee import Knee, Measurement, within
 from sage.evaluation.methods import Method
-from sage.evaluation.runner import Runner, costs, totals
+from sage.evaluation.runner import Runner, calls, clocked, costs, totals
 
-__all__ = ["SolverResults", "sentence", "smallness"]
+__all__ = ["SolverResults", "bar", "name_of", "real_row", "sentence", "smallness", "words"]
 
 FEW_GROUPS, FEW_PICTURES = 50, 400  # below either, no claim
+NEAR = 0.1  # by how much the rows of a rival may differ
 
 
 class SolverResults:
@@ -37,11 +39,15 @@ class SolverResults:
         self.unavailable = {method: reason for method, reason in runner.unavailable.items() if method in methods}
         self.methods = [method for method in methods if method not in self.unavailable]
         self.cost = {method: totals(costs(self.folder, method)) for method in self.methods}
+        # What a metric is judged against: the best that independent sampling has, as for the knee. The most diverse pictures are no
+        # aim, so diversity is that of the reference.
+        self.bars = {name: replace(reference, steps=steps) for name, steps in knee.best.items()} | {"diversity": reference}
 
     def as_json(self) -> dict[str, Any]:
         bar = tqdm(self.methods, unit="method", desc="judging", disable=not self.runner.progress)
         rows = [self._row(method) for method in bar]
-        fitting = [row for row in rows if row["within"] and row["saved"]["all"] > 0 and row["key"] != self.reference.key]
+        plain = [row["key"] for row in rows if row["kind"] == "independent" and row["adapter"] is None]  # of those, the knee is the choice
+        fitting = [row for row in rows if row["within"] and row["saved"]["all"] > 0 and row["key"] not in plain]
         best = max(fitting, key=lambda row: row["saved"]["all"], default=None)
         sharing = max((row for row in fitting if row["shares"]), key=lambda row: row["saved"]["all"], default=None)
         return {
@@ -49,6 +55,7 @@ class SolverResults:
             "knee": self.knee.as_json(),
             "reference": self.reference.key,
             "reference_steps": self.reference.steps,
+            "bars": {name: method.key for name, method in self.bars.items()},
             "methods": rows,
             "unavailable": [{"key": method.key, **_words(method), "why": why} for method, why in self.unavailable.items()],
             "recommended": best and best["key"],
@@ -58,7 +65,7 @@ class SolverResults:
     def _row(self, method: Method) -> dict[str, Any]:
         cost, rival = self.cost[method], self._rival(method)
         metrics = {spec: self._metrics(method, rival, spec) for spec in self.judge.names}
-        fits = self._fits(metrics[self.judge.names[0]])
+        fits = self._fits(method)
         return {
             "key": method.key,
             **_words(method),
@@ -97,28 +104,35 @@ class SolverResults:
         return cost["num_calls"] * cost["guidance_copies"]
 
     def _seconds(self, method: Method) -> dict[str, Any]:
-        """Of denoising a picture, and of all that a picture takes, with the fraction that is saved of the reference's in the same
-        phase, over chunks that both drew."""
-        ours = costs(self.folder, method)
-        phase = next(iter(ours.values()))["phase"]
-        theirs = costs(self.folder, self.reference, phase)
-        common = ours.keys() & theirs.keys()
+        """Of denoising a picture, and of all that a picture takes, with the fraction that is saved of the reference's: over chunks that
+        both drew in the same phase and run, without the first ones if there are others. The reference's are those of the methods."""
+        phases = [row["phase"] for row in calls(self.folder, method)]
+        phase = "methods" if method == self.reference and "methods" in phases else phases[0]
+        for warm in (True, False):
+            ours, theirs = (clocked(self.folder, one, phase, warm) for one in (method, self.reference))
+            common = ours.keys() & theirs.keys()
+            if common:
+                break
+        shown = common or clocked(self.folder, method, phase, warm=True).keys() or ours.keys()
+        pictures = sum(ours[key]["pictures"] for key in shown)
         found: dict[str, Any] = {"phase": phase}
         for name in ("denoise_seconds", "seconds"):
-            mine = sum(ours[chunk][name] for chunk in common)
-            base = sum(theirs[chunk][name] for chunk in common)
-            found[f"{name}_per_picture"] = self.cost[method][name] / self.cost[method]["pictures"]
+            mine = sum(ours[key][name] for key in shown)
+            base = sum(theirs[key][name] for key in common)
+            found[f"{name}_per_picture"] = mine / pictures
             found[f"{name}_saved"] = 1 - mine / base if base else None
         return found
 
     def _rival(self, method: Method) -> Method | None:
-        """Independent sampling with the same adapter and the nearest number of denoiser rows; the dearer of two that are as near."""
+        """Independent sampling with the same adapter and the nearest number of denoiser rows, the dearer of two that are as near; None
+        where the nearest is far."""
         if method.kind in ("independent", "shared-noise"):
             return None
         rows = _rows_per_picture(self.cost[method])
         others = [other for other in self.methods if other.kind == "independent" and other.adapter == method.adapter]
-        gap = lambda other: (abs(_rows_per_picture(self.cost[other]) - rows), -other.steps)
-        return min(others, key=gap, default=None)
+        gap = lambda other: abs(_rows_per_picture(self.cost[other]) - rows)
+        nearest = min(others, key=lambda other: (gap(other), -other.steps), default=None)
+        return nearest if nearest is not None and gap(nearest) <= NEAR * rows else None
 
     def _own(self, method: Method) -> Method | None:
         """Independent sampling with the same steps and adapter: the same pictures without sharing."""
@@ -126,37 +140,30 @@ class SolverResults:
         return own if own in self.cost and own != method else None
 
     def _metrics(self, method: Method, rival: Method | None, spec: str) -> dict[str, Any]:
-        """Metric → its interval, and its differences to the reference, the rival and the same without sharing."""
-        measured, own = self.judge.measure(method, spec), self._own(method)
+        """Metric → its interval, and its differences to the reference, the rival, the same without sharing, and what it is judged by."""
+        measured, own, judging = self.judge.measure(method, spec), self._own(method), spec == self.judge.names[0]
         others = {"to_reference": self.reference, "to_rival": rival, "to_own": own}
-        measured_others = {name: self.judge.measure(other, spec) for name, other in others.items() if other is not None}
         found = {}
         for metric, measurement in measured.items():
+            compared = others | ({"to_bar": self.bars[metric]} if judging and metric in self.bars else {})
             found[metric] = {**measurement.estimate().as_json(), "up": measurement.up}
-            for name, of in measured_others.items():
-                found[metric][name] = measurement.minus(of[metric]).as_json()
-        if own is not None and spec == self.judge.names[0]:
+            for name, other in compared.items():
+                if other is not None:
+                    found[metric][name] = measurement.minus(self.judge.measure(other, spec)[metric]).as_json()
+        if own is not None and judging:
             found["moved_pixels"] = self.judge.moved_pixels(method, own).estimate().as_json()
         if own is not None:
             found["moved"] = self.judge.moved(method, own, spec).estimate().as_json()
         return found
 
-    def _fits(self, metrics: Mapping[str, dict]) -> dict[str, bool]:
-        """Guarded metric → whether its whole difference to the reference lies within the margin."""
-        base = self.judge.measure(self.reference, self.judge.names[0])
-        fits = {}
-        for name in (*GUARDED, "diversity"):
-            if name in metrics:
-                up = base[name].up
-                fits[name] = within(_Difference(metrics[name]["to_reference"]), base[name].estimate().value, bool(up), self.margin)
+    def _fits(self, method: Method) -> dict[str, bool]:
+        """Guarded metric → whether its whole difference to what it is judged against lies within the margin."""
+        spec = self.judge.names[0]
+        measured, fits = self.judge.measure(method, spec), {}
+        for name, other in self.bars.items():
+            best = self.judge.measure(other, spec)[name]
+            fits[name] = within(measured[name].minus(best), best.estimate().value, bool(best.up), self.margin)
         return fits
-
-
-class _Difference:
-    """The ends of an interval that is JSON already."""
-
-    def __init__(self, estimate: Mapping[str, float]):
-        self.low, self.high = estimate["low"], estimate["high"]
 
 
 def _order(method: Method) -> tuple:
@@ -196,20 +203,26 @@ def sentence(solver: dict[str, Any], margin: float, metrics: Iterable[str]) -> s
     rows = {row["key"]: row for row in solver["methods"]}
     base = f"{solver['solver']}: independent sampling at {solver['reference_steps']} steps is the reference"
     knee = "its knee" if solver["knee"]["steps"] is not None else "no step count is within the margin of all bests, so the largest is"
-    guarded = words(metrics)
+    good = f"{bar(metrics, margin)}, intervals included"
     best = rows.get(solver["recommended"])
     if best is None:
-        return (f"{base} ({knee}). Of the methods that cost less, none stays within {margin:.0%} of it in {guarded}, intervals included: "
-                "recommended default: none.")
+        return f"{base} ({knee}). Of the methods that cost less, none has {good}: recommended default: none."
     saved = best["saved"]
     text = (f"{base} ({knee}). Recommended default: {name_of(best)}, which saves {saved['grouped']:.1%} of the denoiser rows of prompts "
-            f"with a neighbour and {saved['all']:.1%} over all prompts, within {margin:.0%} in {guarded}, intervals included.")
+            f"with a neighbour and {saved['all']:.1%} over all prompts, with {good}.")
     sharing = rows.get(solver["recommended_sharing"])
     if best["shares"]:
         return text
     if sharing is None:
-        return f"{text} No way of sharing stays within the margin."
-    return f"{text} Of the ways of sharing, {name_of(sharing)} does, and saves {sharing['saved']['all']:.1%} over all prompts."
+        return f"{text} No way of sharing does as well."
+    return f"{text} Of the ways of sharing, {name_of(sharing)} does as well, and saves {sharing['saved']['all']:.1%} over all prompts."
+
+
+def bar(metrics: Iterable[str], margin: float) -> str:
+    """What a method must have to count as equally good."""
+    best = [name for name in metrics if name != "diversity"]
+    return (f"{words(best)} within {margin:.0%} of the best that independent sampling has, and diversity within {margin:.0%} of the "
+            "reference's")
 
 
 def words(metrics: Iterable[str]) -> str:

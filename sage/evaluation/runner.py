@@ -22,7 +22,7 @@ from sage.generation import generate
 from sage.output import PictureSeries, read_manifest, to_json
 from sage.plan import SharingPlan
 
-__all__ = ["Runner", "costs", "file_names", "sha256s", "totals"]
+__all__ = ["Runner", "calls", "clocked", "costs", "file_names", "sha256s", "totals"]
 
 LEAST_CHUNKS = 3  # where there are pictures enough for them
 
@@ -59,25 +59,31 @@ class Runner:
 
         Args:
             plans: of each method, over all pictures.
-            phase: "grid" or "methods": seconds are comparable within one.
-            again: methods whose pictures are there, drawn once more in this phase, so that there is a clock to compare with.
+            phase: "grid", "methods" or "rivals": seconds are comparable within one.
+            again: methods whose pictures are there; they are drawn once more wherever another method is drawn in this phase, so that
+                there is a clock to compare with.
         """
         series = {method: self._series(method) for method in plans}
-        done = {method: costs(self.folder, method, phase if method in again else None).keys() for method in plans}
+        done = {method: costs(self.folder, method).keys() for method in plans if method not in again}
         with tqdm(total=len(plans) * len(self.chunks), unit="chunk", desc=phase, disable=not self.progress) as bar:
             for number, chunk in enumerate(self.chunks):
-                for method, plan in plans.items():
+                parts = {method: _part(plan, self.asked, chunk) for method, plan in plans.items()}
+                there = [method for method in done if number in done[method]
+                         and all(picture in series[method].rows for picture in parts[method][1].tolist())]
+                missing = [method for method in done if method not in there and method not in self.unavailable]
+                repeated = [method for method in again if missing and not self._was_clocked(method, phase, number)]
+                for method in plans:
                     bar.set_description(f"{method.steps} steps, {method.label}")
                     bar.update()
-                    if method in self.unavailable:
-                        continue
-                    part, pictures = _part(plan, self.asked, chunk)
-                    if number in done[method] and all(picture in series[method].rows for picture in pictures.tolist()):
-                        continue
-                    self._draw_chunk(method, part, pictures, series[method], {"phase": phase, "chunk": number})
+                    if method in missing or method in repeated:
+                        self._draw_chunk(method, *parts[method], series[method], {"phase": phase, "chunk": number})
         for kept in series.values():
             if not kept.missing:
                 kept.finish()
+
+    def _was_clocked(self, method: Method, phase: str, chunk: int) -> bool:
+        """Whether a chunk was drawn in this phase by this very run."""
+        return any((row["phase"], row["run"], row["chunk"]) == (phase, self.run, chunk) for row in calls(self.folder, method))
 
     def _draw_chunk(self, method: Method, plan: SharingPlan, pictures: np.ndarray, series: PictureSeries, about: dict) -> None:
         try:
@@ -92,8 +98,8 @@ class Runner:
             return
         series.add(pictures, result.images, result.records)
         cost = {name: result.stats[name] for name in ("nfe", "nfe_independent", "guidance_copies", "denoise_seconds", "seconds", "cache")}
-        calls = {"num_calls": result.records[0]["num_calls"], "branch_calls": sorted({record["branch_call"] for record in result.records})}
-        _append(self._calls(method), {**about, "run": self.run, "pictures": len(pictures), **cost, **calls})
+        counts = {"num_calls": result.records[0]["num_calls"], "branch_calls": sorted({record["branch_call"] for record in result.records})}
+        _append(self._calls(method), {**about, "run": self.run, "pictures": len(pictures), **cost, **counts})
 
     def _generate(self, method: Method, plan: SharingPlan, pictures: np.ndarray):
         prompts = [leaf.prompt for leaf in plan.leaves]
@@ -134,15 +140,30 @@ def _append(path: Path, row: dict) -> None:
         os.fsync(file.fileno())
 
 
-def costs(folder: EvaluationFolder, method: Method, phase: str | None = None) -> dict[int, dict]:
-    """Chunk → what it cost, the last time that it was drawn.
+def calls(folder: EvaluationFolder, method: Method) -> list[dict]:
+    """What every chunk cost, in the order in which they were drawn."""
+    return [row for row in read_manifest(folder.path / "methods" / method.key / "calls.jsonl") if isinstance(row.get("chunk"), int)]
+
+
+def costs(folder: EvaluationFolder, method: Method) -> dict[int, dict]:
+    """Chunk → what it cost, the last time that it was drawn."""
+    return {row["chunk"]: row for row in calls(folder, method)}
+
+
+def clocked(folder: EvaluationFolder, method: Method, phase: str, warm: bool) -> dict[tuple[str, int], dict]:
+    """(run, chunk) → what it cost in a phase: seconds are comparable for the same run and chunk.
 
     Args:
-        phase: None: the phase in which the method was drawn first.
+        warm: without the first chunk of every run, which also pays for what a first call of this kind and size costs.
     """
-    rows = [row for row in read_manifest(folder.path / "methods" / method.key / "calls.jsonl") if isinstance(row.get("chunk"), int)]
-    phase = phase or (rows[0]["phase"] if rows else None)
-    return {row["chunk"]: row for row in rows if row.get("phase") == phase}
+    found: dict[tuple[str, int], dict] = {}
+    seen: set[str] = set()
+    for row in calls(folder, method):
+        if row["phase"] == phase:
+            if row["run"] in seen or not warm:
+                found[row["run"], row["chunk"]] = row
+            seen.add(row["run"])
+    return found
 
 
 def file_names(folder: EvaluationFolder, method: Method) -> list[Path]:
@@ -159,9 +180,9 @@ def sha256s(folder: EvaluationFolder, method: Method) -> list[str]:
 
 
 def totals(rows: Mapping[int, dict]) -> dict[str, Any]:
-    """The cost of all chunks together: nfe, pictures, seconds, and how much of the blocks a cache computed (1 without one)."""
+    """The cost of all chunks together: nfe, pictures, and how much of the blocks a cache computed (1 without one)."""
     parts = list(rows.values())
-    found = {name: sum(part[name] for part in parts) for name in ("pictures", "nfe", "denoise_seconds", "seconds")}
+    found = {name: sum(part[name] for part in parts) for name in ("pictures", "nfe")}
     computed = [1.0 if part["cache"] is None else part["cache"]["computed"] for part in parts]
     known = all(share is not None for share in computed)
     found["computed"] = sum(share * part["nfe"] for share, part in zip(computed, parts)) / found["nfe"] if known else None

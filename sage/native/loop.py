@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 
 from sage.branch_noise import BranchNoise
+from sage.clock import now
 from sage.denoiser import Launcher, is_static
 from sage.families import RULES
 from sage.native.base import Adapter, NotNative
@@ -74,7 +74,7 @@ def run(
         if on_call is not None:
             on_call(rows, resolved.num_calls)
 
-    began = time.perf_counter()
+    began = now(x.device)
     x = sample(
         denoiser,
         plan,
@@ -92,7 +92,7 @@ def run(
         on_probe=courses.append,
         graphs=graphs,
     )
-    ended = time.perf_counter()
+    ended = now(x.device)
     pictures = adapter.decode(x, generators)
     pipe.maybe_free_model_hooks()
     stats = _stats(resolved, made, len(table), boundaries, denoiser, launches, ended - began)
