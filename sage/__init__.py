@@ -8,6 +8,8 @@
 
     trunk = sage.generate(pipe, prompts, keep_trunks=True).trunks[0]         # a group where it parts
     later = sage.generate(pipe, others, trunk=trunk)                         # joins it: the calls before are not run again
+
+    sage.load_adapter(pipe, "tuned")                   # a LoRA of `sage train`: sharing then uses the share it was trained for
 """
 
 import importlib
@@ -35,12 +37,14 @@ _HOME = {  # public name → the module it lives in, imported when first asked f
     "generate": "sage.generation",
     "group": "sage.grouping",
     "group_file": "sage.group_stream",
+    "load_adapter": "sage.adapters",
     "load_embeddings": "sage.embed_files",
     "plan_prompts": "sage.plans",
     "sample": "sage.sampling",
     "save_embeddings": "sage.embed_files",
     "table_for": "sage.solvers",
     "tree_plan": "sage.plans",
+    "unload_adapter": "sage.adapters",
 }
 _PACKAGES = ("emoji", "evaluation")  # as `sage.emoji`, without an import of their own
 __all__ = ["__version__", *_HOME]

@@ -1,4 +1,4 @@
-"""The `sage` command: info, plan, generate, evaluate. Heavy imports wait until a command needs them."""
+"""The `sage` command: info, plan, generate, evaluate, train. Heavy imports wait until a command needs them."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from pathlib import Path
 import click
 
 from sage.prompts import InputError, count
+from sage.training.flags import train_options
 from sage_kernels.version import __version__
 
 EXIT_FAILURE, EXIT_INPUT, EXIT_BELOW, EXIT_INTERRUPTED = 1, 2, 3, 130
@@ -178,6 +179,7 @@ def plan(debug, prompts, steps, model, device, dtype, rate, fail_below, as_json,
 @click.argument("prompts")
 @click.option("--out", required=True, metavar="FOLDER", help="Where pictures, manifest, plan, report and gallery go.")
 @grouping_options
+@click.option("--adapter", metavar="LORA|FOLDER", help="A .safetensors file, or the folder of a `sage train`, whose share is then the default.")
 @click.option("--plan", metavar="FILE", help="Follow a plan saved by `sage plan --out` instead of making one.")
 @click.option("--steps", type=int, help="Denoising steps. Default: the model's own.")
 @click.option("--solver", help="ddim, euler, dpm++2m, unipc … (`sage info --schedulers`). Default: the model's scheduler.")
@@ -235,7 +237,7 @@ def generate(debug, prompts, **options):
 @click.option("--images", metavar="FOLDER", help="Real pictures to compare with; JSONL lines may name theirs: \"image\": \"1.png\".")
 @click.option("--solver", "solvers", multiple=True, help="ddim, dpm++2m … (`sage info --schedulers`). Default: the model's scheduler.")
 @click.option("--steps", metavar="LIST", help="Step counts of independent sampling. Default: 30,25,20,15,12,10,8,6,5,4.")
-@click.option("--comfortable", type=int, metavar="N", help="Draw all methods at this step count too; 0: at the knee only. Default: the "
+@click.option("--comfortable", metavar="LIST", help="Draw all methods at these step counts too; 0: at the knee only. Default: the "
               "largest of --steps.")
 @click.option("--share", "shares", metavar="LIST", help="Fractions of the calls that groups share. Default: 0.1,0.2,0.3,0.4,0.5.")
 @click.option("--budget", "budgets", metavar="LIST", help="Rows of trees, as fractions of those without sharing. Default: 0.9,0.8,0.7.")
@@ -256,10 +258,11 @@ def generate(debug, prompts, **options):
 @click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Default: float16 on GPUs.")
 @click.option("--quick", is_flag=True, help="A look in a few minutes: few prompts, steps and methods; too little for claims.")
 @click.option("--overwrite", is_flag=True, help="Replace what an earlier evaluation left in the output folder.")
-@click.option("--resume", is_flag=True, help="Complete a run that was stopped; prompts and options must be the same.")
+@click.option("--resume", is_flag=True, help="Complete a run that was stopped, or draw and judge more: prompts, model and what else "
+              "decides pictures must be the same; methods, steps, solvers, extractors, --images and --margin may be others.")
 @click.option("--table", metavar="FILE", help="Draw nothing: print the table of a results.json; with --out, write table and plot anew.")
 @click.pass_obj
-def evaluate(debug, prompts, table, steps, shares, budgets, **options):
+def evaluate(debug, prompts, table, steps, comfortable, shares, budgets, **options):
     """Say what sharing costs in quality on PROMPTS, always beside fewer steps.
 
     Draws the prompts that have a neighbour by every method, with the same seeds. Costs are measured from the knee: the least steps
@@ -292,8 +295,9 @@ def evaluate(debug, prompts, table, steps, shares, budgets, **options):
             return
         if options["out"] is None:
             raise InputError("--out FOLDER must be given: pictures, table and plot go there.")
-        lists = {"steps": numbers(steps, "--steps", int), "shares": numbers(shares, "--share", float)}
-        request = Request(**options, **lists, budgets=numbers(budgets, "--budget", float))
+        lists = {"steps": numbers(steps, "--steps", int), "comfortable": numbers(comfortable, "--comfortable", int),
+                 "shares": numbers(shares, "--share", float), "budgets": numbers(budgets, "--budget", float)}
+        request = Request(**options, **lists)
         from sage.evaluation.command import Evaluation
 
         evaluation = Evaluation(request, prompts, _say, progress=sys.stderr.isatty())
@@ -312,6 +316,42 @@ def _run_evaluation(evaluation, out: str) -> None:
         raise
     click.echo(short_table(results))
     click.echo(f"Table, plot and pictures: {Path(out)}")
+
+
+@cli.command()
+@train_options
+@click.pass_obj
+def train(debug, **options):
+    """Fine-tune a model for sharing, on pictures with captions.
+
+    Similar captions are grouped as `sage generate` groups prompts. For the timesteps before the branch the model learns what a group
+    has in common, under the mean of its members' conditions; for those after it, each picture under its own caption. A step costs
+    what one of ordinary fine-tuning costs. Options are those of diffusers' train_text_to_image_lora.py, and a few more.
+
+    Writes FOLDER/pytorch_lora_weights.safetensors (a LoRA for `sage generate --adapter`, `sage.load_adapter` and diffusers'
+    `load_lora_weights`), checkpoint-N/, log.jsonl and training.json. Several devices: accelerate launch -m sage.cli train ...
+
+    \b
+    Examples:
+      sage train --train_data_dir photos --model ./sd15 --out tuned
+      sage train --train_data_dir photos --model ./sd15 --out tuned --mixed_precision bf16 --cache_latents --center_crop
+                 --cache_text --max_train_steps 2000 --validation_prompt "a red fox" --validation_prompt "a grey fox"
+      sage train --train_data_dir photos --model ./sd15 --out tuned --resume_from_checkpoint latest    after an interruption
+      sage train --train_data_dir photos --model ./sd15 --out plain --soft_target none                 to compare with
+      sage generate prompts.txt --out pictures --model ./sd15 --adapter tuned
+
+    \b
+    Exit codes:
+      0  done                        2  data, options or files cannot be used
+      1  something failed          130  interrupted; --resume_from_checkpoint latest goes on
+    """
+    with _clean_errors(debug):
+        from sage.training.command import train as run
+        from sage.training.options import TrainOptions
+
+        record = run(TrainOptions(**options), _say, progress=sys.stderr.isatty())
+        if record is not None:
+            click.echo(f"{record['steps']} steps in {record['seconds']:.0f} s: {Path(options['output_dir'])}")
 
 
 def saving_sentence(report: dict) -> str:

@@ -6,9 +6,11 @@ import datetime
 import inspect
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from sage.adapters import AdapterSettings, adapter_file, load_adapter, read_adapter_settings
+from sage.encoder_identity import file_sha256
 from sage.info import command_line, machine, versions
 from sage.loading import EMBEDDED, check_device, check_model, cut_prompts, load_model
 from sage.output import OutputFolder, PictureSeries, digest, to_json, write_atomic
@@ -25,6 +27,7 @@ class Request:
 
     out: str
     model: str | None = None
+    adapter: str | None = None
     grouping: Grouping = Grouping()
     plan: str | None = None
     steps: int | None = None
@@ -55,6 +58,23 @@ class Request:
         if self.solver is not None:
             check_solver(self.solver)
         check_device(self.device)
+        if self.adapter is not None:
+            self.adapter_settings()
+
+    def adapter_settings(self) -> AdapterSettings | None:
+        """What --adapter was trained for, None if its file does not say. Raises InputError if there is no such file."""
+        try:
+            return read_adapter_settings(self.adapter)
+        except InputError as error:
+            raise InputError(f"--adapter {error}") from None
+
+    def trained_share(self) -> Request:
+        """The request with the share that its adapter was trained for, where nothing else says how much is shared."""
+        chosen = self.grouping.share is not None or self.grouping.aim != "share" or self.plan is not None
+        settings = None if self.adapter is None or chosen else self.adapter_settings()
+        if settings is None or settings.share is None:
+            return self
+        return replace(self, grouping=replace(self.grouping, share=settings.share))
 
 
 def check_solver(solver: str) -> None:
@@ -129,8 +149,8 @@ class Generation:
     """One `sage generate`: looks at everything first, then makes the pictures."""
 
     def __init__(self, request: Request, source: str, say: Say, progress: bool = True):
-        self.request, self.say, self.progress = request, say, progress
         request.check()
+        self.request, self.say, self.progress = request.trained_share(), say, progress
         self.prompts = read_prompts(source)
         self.images = request.grouping.images_per_prompt
         self.clock: dict[str, float] = {}
@@ -153,6 +173,8 @@ class Generation:
         self.say(f"Loading {request.model or EMBEDDED} …")
         with self._timed("loading"):
             self.pipe = load_model(request.model, request.device, request.dtype)
+            if request.adapter is not None:
+                load_adapter(self.pipe, request.adapter)
         if request.solver is not None:
             check_fits(self.pipe.scheduler, request.solver)
         self.settings = self._settings()
@@ -197,6 +219,7 @@ class Generation:
         steps, guidance = call_defaults(self.pipe, embedded=request.model is None)
         return {
             "model": request.model or EMBEDDED,
+            **({} if request.adapter is None else {"adapter": file_sha256(adapter_file(request.adapter))}),
             "prompts": digest([self.prompts.prompts, self.prompts.negative_prompts, self.prompts.seeds]),
             **request.grouping.settings(),
             "plan": None if self.fixed_plan is None else digest(self.fixed_plan.to_json()),

@@ -14,6 +14,7 @@ from diffusers import DiffusionPipeline
 from tqdm.auto import tqdm
 
 from sage import native
+from sage.adapters import usual_share
 from sage.caches import cache_hooks
 from sage.embed import embed_prompts
 from sage.generation_checks import check_options, check_pipe_kwargs, check_seeds, is_text, texts_of_pictures
@@ -67,7 +68,7 @@ def generate(
     prompts: Sequence[str],
     *,
     plan: SharingPlan | None = None,
-    share: float = 0.4,
+    share: float | None = None,
     similarity: float = 0.6,
     max_group_size: int = 8,
     images_per_prompt: int = 1,
@@ -95,7 +96,8 @@ def generate(
         pipe: a diffusers text-to-image pipeline. It is left as it was, whatever happens.
         prompts: n of them. A prompt that occurs more than once gets a picture for each occurrence.
         plan: follow this plan (over n · `images_per_prompt` leaves with these prompts) instead of making one.
-        share: β in [0, 1], the fraction of the denoiser calls that a group runs as one row; 0 shares nothing.
+        share: β in [0, 1], the fraction of the denoiser calls that a group runs as one row; 0 shares nothing. None: what the adapter
+            of `sage.load_adapter` was trained for, 0.4 without one.
         similarity: τ in (−1, 1], the least cosine between any two prompts of a group.
         max_group_size: the most prompts in a group.
         images_per_prompt: pictures of each prompt.
@@ -157,6 +159,7 @@ def generate(
     prompts = texts(prompts, "prompts")
     integer(images_per_prompt, "images_per_prompt", 1)
     check_options(plan, seed, guidance_scale, num_inference_steps, on_images)
+    share = usual_share(pipe, share)
     check_grouping(share, similarity, max_group_size, max_rows)
     check_pipe_kwargs(pipe, pipe_kwargs)
     check_seeds(seeds, len(prompts))

@@ -20,6 +20,7 @@ from typing import Any
 
 from diffusers import DiffusionPipeline
 
+from sage.adapters import usual_share
 from sage.denoiser import denoisers_of
 from sage.embed import embed_prompts
 from sage.families import DENOISERS, check_rules
@@ -35,7 +36,7 @@ def enable(
     pipe: DiffusionPipeline,
     plan: SharingPlan | None = None,
     *,
-    share: float = 0.4,
+    share: float | None = None,
     similarity: float = 0.6,
     max_group_size: int = 8,
     encoder: str = "auto",
@@ -50,7 +51,8 @@ def enable(
         pipe: any diffusers pipeline whose denoiser is one of `sage.families.DENOISERS`. Enabling it again replaces the
             former settings.
         plan: which pictures share, and for how long; None plans each call from its own prompts with the arguments below.
-        share: β in [0, 1], the fraction of the denoiser calls that a group runs as one row.
+        share: β in [0, 1], the fraction of the denoiser calls that a group runs as one row; None: what the adapter of
+            `sage.load_adapter` was trained for, 0.4 without one.
         similarity: τ in (−1, 1]: prompts are grouped where every pair has at least this cosine.
         max_group_size: the most prompts in a group.
         encoder: what embeds the prompts for grouping: "auto" (the sentence encoder that ships), "pipeline" (the pipeline's
@@ -79,6 +81,7 @@ def enable(
         raise TypeError(f"{type(pipe).__name__} has no denoiser that sage knows (looked for {', '.join(DENOISERS)})")
     if plan is not None and not isinstance(plan, SharingPlan):
         raise TypeError(f"plan must be a sage.SharingPlan or None, got {type(plan).__name__}")
+    share = usual_share(pipe, share)
     check_grouping(share, similarity, max_group_size, max_rows)
     branch_noise = fraction(branch_noise, "branch_noise")
     check_probe(probe, branch_noise)
