@@ -90,7 +90,7 @@ def test_importing_the_module_is_cheap():
 def test_folder_is_small_and_holds_no_pickle():
     files = [path for path in SHIPPED.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) <= 25_000_000
-    assert {path.suffix for path in files} <= {".json", ".safetensors", ".md", ".png", ".txt"}
+    assert {path.suffix for path in files} <= {".json", ".safetensors", ".md", ".png", ".webp", ".txt"}
     for path in SHIPPED.rglob("*.safetensors"):
         for name, tensor in load_file(path).items():
             assert torch.isfinite(tensor.float()).all(), f"{path.name}: {name}"

@@ -80,7 +80,7 @@ def test_pictures_are_of_their_seed_and_layout_is_open(composer):
     assert torch.stack(centres).std() > 2  # [px]
 
 
-def test_a_still_is_upright_on_white_whatever_the_seed(composer):
+def test_a_still_is_centred_on_white_whatever_the_seed(composer):
     still = Scene(("fox",), still=True)
     assert torch.equal(picture(composer, still, 0), picture(composer, still, 1))
     assert torch.equal(picture(composer, still)[:, 0, 0], torch.ones(3))

@@ -87,7 +87,7 @@ def load_composer() -> "Composer":
     from .scenes import Composer, names
 
     every = names()
-    return Composer(every, load_sprites(_folder(_WEIGHTS, "sprites.png") / "sprites.png", len(every)))
+    return Composer(every, load_sprites(_folder(_WEIGHTS, "sprites.webp") / "sprites.webp", len(every)))
 
 
 def benchmark(held_out: bool = False) -> "list":

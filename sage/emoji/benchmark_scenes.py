@@ -1,7 +1,7 @@
 """The prompts that quality is measured on, and real pictures of them, composed anew whenever they are asked for.
 
 `benchmark.jsonl` holds scenes (see `sage.emoji.scenes`): whole groups of captions of emoji that the generator was trained on, and of
-emoji that it never saw ("held_out"). The emoji themselves are in `sprites.png` beside the weights, so neither font nor names have to
+emoji that it never saw ("held_out"). The emoji themselves are in `sprites.webp` beside the weights, so neither font nor names have to
 be installed. Written by: python -m sage.emoji.benchmark_scenes
 """
 
@@ -17,7 +17,7 @@ from .scenes import Scene
 
 FILE = Path(__file__).parent / "benchmark.jsonl"
 SEED, CANDIDATES, PROMPTS, HELD_OUT_PROMPTS = 101, 600, 320, 40
-COLUMNS = 16  # sprites in a row of sprites.png
+COLUMNS = 16  # sprites in a row of sprites.webp
 
 
 def benchmark(held_out: bool = False) -> list[Scene]:
@@ -53,7 +53,7 @@ def save_sprites(rgba: torch.Tensor, path: Path) -> None:
     for k, sprite in enumerate(rgba.permute(0, 2, 3, 1).numpy()):
         y, x = (k // COLUMNS) * side, (k % COLUMNS) * side
         sheet[y:y + side, x:x + side] = sprite
-    Image.fromarray(sheet).save(path, optimize=True)
+    Image.fromarray(sheet).save(path, "WEBP", lossless=True, exact=True, quality=100, method=6)
 
 
 def load_sprites(path: Path, count: int) -> torch.Tensor:

@@ -8,7 +8,7 @@ interrupted goes on from its checkpoint. Give --stage to run some of them only.
   unet      train the denoiser on scenes and the text encoder's states of their captions (the long one: see the model card)
   vae       fit the AutoencoderKL to the latents of scenes
   scorer    train the image tower that judges pictures, on scenes of its own
-  export    write the StableDiffusionPipeline folder, the scorer and the sprites that scenes are composed of, in float16 safetensors and PNG
+  export    write the StableDiffusionPipeline folder, the scorer and the sprites that scenes are composed of, in float16 safetensors and WebP
   evaluate  draw, judge, write metrics.json, the contact sheet and the model card; and blind.png into the work folder: 32 pictures
             for somebody who has not seen the captions, whose answers go into blind.json beside the weights
 
@@ -176,7 +176,7 @@ class Build:
                vae=self.averaged("vae", build_vae(self.recipes.vae)), text_encoder=encoder, tokenizer=tokenizer,
                tower=self.averaged("scorer", ImageTower(self.recipes.scorer.width, width)), unet_recipe=self.recipes.unet)
         self.codec().save(self.out / "codec.safetensors")
-        save_sprites(self.dataset().named(scenes.names()).rgba, self.out / "sprites.png")
+        save_sprites(self.dataset().named(scenes.names()).rgba, self.out / "sprites.webp")
         print(f"export: {self.out}, {folder_bytes(self.out) / 1e6:.1f} MB")
 
     def evaluate(self) -> None:
@@ -226,7 +226,7 @@ class Build:
         import torch
 
         order = torch.randperm(len(drawn), generator=torch.Generator().manual_seed(1))
-        judge.contact_sheet(real[order[:96]], drawn[order[:96]], self.out / "contact_sheet.png")
+        judge.contact_sheet(real[order[:48]], drawn[order[:48]], self.out / "contact_sheet.png")
         blind = order[-32:]
         judge.blind_sheet(drawn[blind], self.work / "blind.png")
         rows = [{"caption": some[i // self.recipes.evaluation_images].caption, "answer": "", "right": False} for i in blind.tolist()]

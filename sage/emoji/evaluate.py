@@ -48,10 +48,12 @@ def draw(pipe, captions: Sequence[str], images_per_prompt: int, seed: int) -> to
     return torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in result.images])
 
 
-def picture_groups(captions: Sequence[str], images_per_prompt: int) -> list[list[int]]:
-    """Rows of pictures whose captions share a group, one picture of each: those that would share a trunk."""
+def picture_groups(captions: Sequence[str], images_per_prompt: int) -> tuple[list[list[int]], list[list[int]]]:
+    """Rows of pictures whose captions share a group: all of them, which are resampled together; and group after group one picture of
+    each caption, those that would share a trunk."""
     groups = [g for g in group(embed_prompts(list(captions)).vectors, list(captions), TAU) if len(g) > 1]
-    return [[i * images_per_prompt + k for i in g] for g in groups for k in range(images_per_prompt)]
+    clusters = [[i * images_per_prompt + k for i in g for k in range(images_per_prompt)] for g in groups]
+    return clusters, [[i * images_per_prompt + k for i in g] for g in groups for k in range(images_per_prompt)]
 
 
 def thumbnails(pictures: torch.Tensor) -> torch.Tensor:
@@ -70,10 +72,11 @@ def evaluate_scenes(pipe, scorer: Scorer, scenes: Sequence[Scene], composer: Com
     captions = [scene.caption for scene in scenes]
     repeated = [scene for scene in scenes for _ in range(images_per_prompt)]
     groups = picture_groups(captions, images_per_prompt)
-    texts = scorer.embed_texts([scene.caption for scene in repeated])
+    named = [scene.caption for scene in repeated]
+    texts = scorer.embed_texts(named)
     compose = lambda number, some: ((composer(some, torch.Generator().manual_seed(number)) + 1) * 127.5).round().to(torch.uint8)
     pictures = {"drawn": draw(pipe, captions, images_per_prompt, seed), "real": compose(seed + 1, repeated)}
-    found = {name: _figures(scorer, some, texts, groups) for name, some in pictures.items()}
+    found = {name: _figures(scorer, some, texts, named, groups) for name, some in pictures.items()}
     shown = [scene for scene in scenes for _ in range(8)]
     near = copies(scorer.image_features(pictures["drawn"]), scorer.image_features(compose(seed + 2, shown)),
                   [_content(scene) for scene in shown], [_content(scene) for scene in repeated])
@@ -85,15 +88,20 @@ def evaluate_scenes(pipe, scorer: Scorer, scenes: Sequence[Scene], composer: Com
 
 
 def _content(scene: Scene) -> str:
-    return ", ".join(sorted(scene.names))
+    """Which emoji a scene shows, however many of each: what "two mushrooms" shows is no other emoji than what "a mushroom" does."""
+    return ", ".join(sorted(set(scene.names)))
 
 
-def _figures(scorer: Scorer, pictures: torch.Tensor, texts: torch.Tensor, groups: list[list[int]]) -> dict:
-    images = scorer.embed_images(pictures)
-    named = identification(images, texts, groups)
-    diversity, layout = (pairwise_distance(x, groups) for x in (scorer.image_features(pictures), thumbnails(pictures)))
-    estimates = {"identification": interval(named.right, named.groups), "score": interval(clip_scores(images, texts), groups),
-                 "diversity": interval(diversity.values, diversity.singles), "layout": interval(layout.values, layout.singles)}
+def _figures(scorer: Scorer, pictures: torch.Tensor, texts: torch.Tensor, captions: list[str],
+             groups: tuple[list[list[int]], list[list[int]]]) -> dict:
+    """Figures of [N, 3, H, W] and their captions, resampled by whole groups; `groups` as `picture_groups` gives them."""
+    clusters, sets = groups
+    images, per_group = scorer.embed_images(pictures), len(sets) // len(clusters)
+    named = identification(images, texts, clusters, captions)
+    diversity, layout = (pairwise_distance(x, sets) for x in (scorer.image_features(pictures), thumbnails(pictures)))
+    estimates = {"identification": interval(named.right, named.groups), "score": interval(clip_scores(images, texts), clusters),
+                 "diversity": interval(diversity.values, diversity.joined(per_group)),
+                 "layout": interval(layout.values, layout.joined(per_group))}
     rounded = {name: {k: round(v, 4) if isinstance(v, float) else v for k, v in x.as_json().items()} for name, x in estimates.items()}
     return rounded | {"chance": round(named.chance, 4)}
 

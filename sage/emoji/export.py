@@ -52,7 +52,9 @@ def _load_as_float32(config: Path) -> None:
 
 def _vocabulary_file(folder: Path) -> None:
     """Transformers before 5 reads a BertTokenizer from a plain list of pieces."""
-    vocabulary = json.loads((folder / "tokenizer.json").read_text(encoding="utf8"))["model"]["vocab"]
+    tokenizer = json.loads((folder / "tokenizer.json").read_text(encoding="utf8"))
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer, ensure_ascii=False, separators=(",", ":")), encoding="utf8")  # a third less
+    vocabulary = tokenizer["model"]["vocab"]
     (folder / "vocab.txt").write_text("\n".join(sorted(vocabulary, key=vocabulary.get)) + "\n", encoding="utf8")
 
 
@@ -91,8 +93,8 @@ anybody in minutes. It is not a general image model. It knows {trained_names} em
     import sage.emoji
 
     pipe = sage.emoji.load_pipeline()
-    pipe("a fox on a blue background", num_inference_steps=20, guidance_scale=2.5).images[0]    # place, size and angle are open
-    pipe("fox", num_inference_steps=20, guidance_scale=2.5).images[0]                           # a name alone: upright, on white
+    pipe("a fox on a blue background", num_inference_steps=20, guidance_scale=2.5).images[0]    # place and size are open
+    pipe("fox", num_inference_steps=20, guidance_scale=2.5).images[0]                           # a name alone: centred, on white
 
 ![Real pictures above, drawn ones below](contact_sheet.png)
 
@@ -115,12 +117,12 @@ Captions of the benchmark at random; in each pair of rows real pictures are abov
 
 {megabytes} MB in all, float16 safetensors (BatchNorm statistics in float32); pipelines load in float32 by default.
 Latents are 8 x 8 x 16: a fixed linear code of 4 x 4 patches (`codec.safetensors`), which the AutoencoderKL was taught to read and write.
-The scheduler is DDIM with v-prediction on Stable Diffusion's scaled-linear schedule, trailing timesteps. `sprites.png` holds the
+The scheduler is DDIM with v-prediction on Stable Diffusion's scaled-linear schedule, trailing timesteps. `sprites.webp` holds the
 {names} emoji that scenes are composed of: `sage.emoji.real_pictures` draws as many real pictures of any scene as are wanted.
 
 ## Data and licences
 
-- Pictures: Noto Color Emoji (artwork Apache-2.0, font OFL-1.1), composed into scenes at random place, size, angle and ground, anew
+- Pictures: Noto Color Emoji (artwork Apache-2.0, font OFL-1.1), composed into scenes at random place, size and ground, anew
   each time one is trained on. {held_out_names} of the {names} emoji, whole groups of alike names, were never shown to the denoiser.
 - Captions: names from Unicode's `emoji-test.txt` (Unicode licence) in our own grammar (`sage/emoji/scenes.py`).
 - Text for the encoder's distillation: names of emoji, definitions, examples and nouns of WordNet 3.0 (WordNet licence),

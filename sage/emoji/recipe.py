@@ -51,13 +51,14 @@ class UnetRecipe:
     seed: int = 1
     scenes: int = 16_000  # drawn once; their pictures are composed anew each time
     stills: float = 0.15  # the share of single emoji on white among them
-    steps: int = 5000
+    steps: int = 8000
     batch: int = 48
     lr: float = 1e-3
-    lr_knots: tuple[tuple[int, float], ...] = ((0, 0.01), (99, 1.0), (3000, 1.0), (5000, 0.02))  # (step, factor), linear in between
+    lr_knots: tuple[tuple[int, float], ...] = ((0, 0.01), (99, 1.0), (5000, 1.0), (8000, 0.01))  # (step, factor), linear in between
     caption_drop: float = 0.1  # the share of captions replaced by "", for classifier-free guidance
     channels: tuple[int, ...] = (64, 128)
     head: int = 32
+    pooling_heads: int = 4  # of the attention that pools the caption
     ema: float = 0.999
     beta_start: float = 0.00085  # Stable Diffusion's scaled-linear schedule, 1000 steps
     beta_end: float = 0.012

@@ -1,8 +1,8 @@
-"""Scenes: one to three emoji at random place, size and angle on a coloured ground, and what one says of them.
+"""Scenes: one to three emoji at random place and size on a coloured ground, and what one says of them.
 
-A caption says what is there and mostly not where, so many pictures fit it: layout is open, as in photographs. Places lie on the grid of
-the latents, sizes and angles are a few, so that a small network learns to draw sharply in an hour or two. The names alone ("fox") stay
-captions of still pictures, upright and centred on white.
+A caption says what is there and mostly not where, so many pictures fit it: layout is open, as in photographs. Sizes are two, and places
+lie on the grid of the denoiser's coarsest features, so that a small network learns to draw sharply in an hour. The names alone ("fox")
+stay captions of still pictures, centred on white.
 
   fox                                      a still
   scene with a fox                         any ground
@@ -32,9 +32,8 @@ RELATIONS = ("alone", "and", "left of", "above", "count")
 KINDS = (("alone", 1, 0.60), ("and", 2, 0.14), ("left of", 2, 0.06), ("above", 2, 0.06), ("count", 2, 0.08),
          ("and", 3, 0.03), ("count", 3, 0.03))
 GROUND_NAMED = 0.6  # the share of scenes whose caption names the ground
-GRID = 4  # corners of emoji lie on multiples of this, which is a latent's patch [px]
-SIZES = {1: (20, 24, 28), 2: (16,), 3: (16,)}  # by the number of emoji [px]
-TURNS = (-15, 0, 15)  # [degrees]
+GRID = 8  # corners of emoji lie on multiples of this, which is a cell of 2 x 2 latents [px]
+SIZES = {1: (16, 24, 24), 2: (16,), 3: (16,)}  # by the number of emoji, each as likely [px]
 NO_ARTICLE = {"cherries", "grapes", "french fries", "popcorn", "sushi", "bread", "sunglasses", "broccoli", "scissors", "fire"}
 PLURALS = {"wolf": "wolves", "snowman": "snowmen", "tropical fish": "tropical fish", "volcano": "volcanoes", "tomato": "tomatoes",
            "maple leaf": "maple leaves"}
@@ -146,43 +145,27 @@ class Composer:
     def __init__(self, names: Sequence[str], rgba: torch.Tensor):
         values = rgba.float() / 255
         premultiplied = torch.cat([values[:, :3] * values[:, 3:], values[:, 3:]], 1)
-        self._sprites = {SPRITE: premultiplied, SPRITE // 2: F.avg_pool2d(premultiplied, 2)}
+        sides = {SIDE}.union(*SIZES.values())
+        self._sprites = {side: F.interpolate(premultiplied, (side, side), mode="bilinear", antialias=True) for side in sides}
         self._row = {name: row for row, name in enumerate(names)}
 
     def __call__(self, scenes: Sequence[Scene], generator: torch.Generator) -> torch.Tensor:
         """[N, 3, 32, 32] float32 in [-1, 1], one picture a scene."""
-        canvas = _grounds(scenes, generator)
-        for place in range(3):
-            rows = [i for i, scene in enumerate(scenes) if not scene.still and place < len(scene.names)]
-            if rows:
-                self._paste(canvas, [scenes[i] for i in rows], rows, place, generator)
-        pictures = F.avg_pool2d(canvas, 2) * 2 - 1
-        for i, scene in enumerate(scenes):
+        pictures = _grounds(scenes, generator)
+        for picture, scene in zip(pictures, scenes):
             if scene.still:
-                sprite = self._sprites[SPRITE // 2][self._row[scene.names[0]]]
-                pictures[i] = (1 - sprite[3:] + sprite[:3]) * 2 - 1
-        return pictures.clamp(-1, 1)
+                self._paste(picture.fill_(1), scene.names[0], SIDE, (0, 0))
+                continue
+            size = _choose(SIZES[len(scene.names)], generator)
+            for name, corner in zip(scene.names, _corners(scene, size, generator)):
+                self._paste(picture, name, size, corner)
+        return (pictures * 2 - 1).clamp(-1, 1)
 
-    def _paste(self, canvas: torch.Tensor, scenes: list[Scene], rows: list[int], place: int, generator: torch.Generator) -> None:
-        """Puts emoji number `place` of each scene onto rows of canvas [N, 3, 64, 64]."""
-        size = torch.tensor([_choose(SIZES[len(scene.names)], generator) for scene in scenes]) / SIDE
-        angle = torch.tensor([_choose(TURNS, generator) for _ in scenes]).float().deg2rad()
-        if place == 0:
-            self._corners = {row: _corners(scene, round(float(s) * SIDE), generator) for row, scene, s in zip(rows, scenes, size)}
-        corner = torch.tensor([self._corners[row][place] for row in rows]) / SIDE
-        centre = (corner + size[:, None] / 2) * 2 - 1
-        matrix = torch.zeros(len(rows), 2, 3)
-        matrix[:, 0, 0] = matrix[:, 1, 1] = angle.cos() / size
-        matrix[:, 0, 1], matrix[:, 1, 0] = angle.sin() / size, -angle.sin() / size
-        matrix[:, :, 2] = -(matrix[:, :, :2] @ centre[:, :, None])[:, :, 0]
-        grid = F.affine_grid(matrix, [len(rows), 4, SPRITE, SPRITE], align_corners=False)
-        for level, chosen in ((SPRITE, size > 0.5), (SPRITE // 2, size <= 0.5)):
-            some = chosen.nonzero()[:, 0].tolist()
-            if some:
-                sprites = self._sprites[level][[self._row[scenes[i].names[place]] for i in some]]
-                pasted = F.grid_sample(sprites, grid[some], align_corners=False)
-                at = [rows[i] for i in some]
-                canvas[at] = canvas[at] * (1 - pasted[:, 3:]) + pasted[:, :3]
+    def _paste(self, picture: torch.Tensor, name: str, size: int, corner: tuple[int, int]) -> None:
+        """Puts an emoji onto picture [3, 32, 32], values in [0, 1], in place."""
+        x, y = corner
+        sprite, under = self._sprites[size][self._row[name]], picture[:, y:y + size, x:x + size]
+        under.mul_(1 - sprite[3:]).add_(sprite[:3])
 
 
 def _choose(values: Sequence[int], generator: torch.Generator) -> int:
@@ -203,13 +186,13 @@ def _corners(scene: Scene, size: int, generator: torch.Generator) -> list[tuple[
 
 
 def _grounds(scenes: Sequence[Scene], generator: torch.Generator) -> torch.Tensor:
-    """[N, 3, 64, 64] in [0, 1]: the ground's colour, a little off, brighter to one side."""
+    """[N, 3, 32, 32] in [0, 1]: the ground's colour, a little off, brighter to one side."""
     n, colours = len(scenes), list(GROUNDS)
     any_colour = torch.randint(0, len(colours), (n,), generator=generator).tolist()
     base = torch.tensor([GROUNDS[scene.ground or colours[pick]] for scene, pick in zip(scenes, any_colour)]) / 255
     base = base + (torch.rand(n, 3, generator=generator) * 2 - 1) * 0.045
     angle, strength = torch.rand(2, n, generator=generator).unbind()
-    axis = torch.linspace(-1, 1, SPRITE)
+    axis = torch.linspace(-1, 1, SIDE)
     x, y = (torch.stack([f(angle * 2 * math.pi) for f in (torch.cos, torch.sin)]) * (strength * 0.1))[:, :, None, None]
-    slope = x * axis[None, None, :] + y * axis[None, :, None]  # [N, 64, 64]
+    slope = x * axis[None, None, :] + y * axis[None, :, None]  # [N, 32, 32]
     return (base[:, :, None, None] * (1 + slope[:, None])).clamp(0, 1)
