@@ -70,6 +70,6 @@ def test_named_files_and_functions_exist():
 
 
 def test_options_in_the_readme_exist():
-    shown = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", "\n".join(re.findall(r"^\s+sage .*$", README, re.MULTILINE))))
-    helped = "".join(CliRunner().invoke(cli, [command, "--help"]).output for command in ("info", "plan", "generate", "evaluate", "cache"))
+    shown = set(re.findall(r"(?<![\w-])--[a-z][a-z_-]+", "\n".join(re.findall(r"^\s+sage .*$", README, re.MULTILINE))))
+    helped = "".join(CliRunner().invoke(cli, [command, "--help"]).output for command in ("info", "plan", "generate", "evaluate", "train", "cache"))
     assert shown and all(option in helped for option in shown), shown

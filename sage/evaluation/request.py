@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sage.adapters import FILE, adapter_file
 from sage.encoder_identity import file_sha256
 from sage.output import slug
 from sage.prompts import InputError, check_seed
@@ -27,27 +28,19 @@ PICTURE_FILES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 @dataclass(frozen=True)
 class Adapter:
-    """A LoRA. Args: name: what tables call it, from the name of its file.  path: of the .safetensors file."""
+    """A LoRA. Args: name: what tables call it, from the name of its file or folder.  path: of the .safetensors file."""
 
     name: str
     path: Path
 
     @classmethod
     def at(cls, given: str) -> Adapter:
-        """The LoRA in a file or in a folder that holds one. Raises InputError."""
-        path = Path(given).expanduser()
-        if path.is_dir():
-            found = sorted(path.glob("*.safetensors"))
-            usual = [file for file in found if file.name == "pytorch_lora_weights.safetensors"]
-            found = usual or found
-            if len(found) != 1:
-                raise InputError(f"--adapter {given}: wanted one .safetensors file in this folder, found {len(found)}; name the file.")
-            return cls(path.name if usual else found[0].stem, found[0])
-        if not path.is_file():
-            raise InputError(f"--adapter {given}: no such file or folder.")
-        if path.suffix != ".safetensors":
-            raise InputError(f"--adapter {given}: wanted a .safetensors file, got {path.suffix or 'no ending'}; other kinds are not read.")
-        return cls(path.stem, path)
+        """The LoRA in a file, or in the folder of a `sage train`. Raises InputError."""
+        try:
+            file = adapter_file(given)
+        except InputError as error:
+            raise InputError(f"--adapter {error}") from None
+        return cls(file.resolve().parent.name if file.name == FILE else file.stem, file)
 
 
 @dataclass(frozen=True)

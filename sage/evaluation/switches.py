@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from sage.adapters import load_adapter, unload_adapter
 from sage.denoiser import denoisers_of
 from sage.prompts import InputError
 
@@ -25,29 +26,14 @@ def adapted(pipe: Any, adapter: Adapter | None) -> Iterator[None]:
     if adapter is None:
         yield
         return
-    _load(pipe, adapter)
+    try:
+        load_adapter(pipe, adapter.path)
+    except InputError as error:
+        raise InputError(f"--adapter {error}") from None
     try:
         yield
     finally:
-        pipe.unload_lora_weights()
-
-
-def _load(pipe: Any, adapter: Adapter) -> None:
-    name = f"--adapter {adapter.path.name}"
-    if not hasattr(pipe, "load_lora_weights"):
-        raise InputError(f"{name}: a {type(pipe).__name__} takes no LoRA in diffusers; leave the option out.")
-    try:
-        pipe.load_lora_weights(str(adapter.path.parent), weight_name=adapter.path.name, use_safetensors=True, local_files_only=True)
-    except ImportError as error:
-        raise RuntimeError(f"{name}: LoRAs need peft ({error}); pip install peft") from error
-    except Exception as error:  # diffusers and peft raise all kinds for a file that does not fit
-        if "peft" in str(error).lower() and "backend" in str(error).lower():
-            raise RuntimeError(f"{name}: LoRAs need peft; pip install peft") from error
-        reason = " ".join(str(error).split())[:300]
-        raise InputError(f"{name}: cannot be loaded into this {type(pipe).__name__}: {reason}") from error
-    if not pipe.get_active_adapters():
-        pipe.unload_lora_weights()
-        raise InputError(f"{name}: holds no LoRA layers of this {type(pipe).__name__}.")
+        unload_adapter(pipe)
 
 
 def check_adapters(pipe: Any, adapters: list[Adapter]) -> None:
