@@ -22,8 +22,8 @@ from sage.evaluation.plot import plot
 from sage.evaluation.request import Request
 
 SOLVERS = ("ddim", "dpm++2m", "unipc")
-STEPS = (20, 15, 12, 10, 8, 6, 5, 4, 3)
-COMFORTABLE = (20, 10)
+STEPS = (15, 12, 10, 8, 6, 5, 4, 3)
+COMFORTABLE = (15, 10)
 SHARES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
 BUDGETS = (0.9, 0.8, 0.7)
 
