@@ -121,7 +121,7 @@ def test_generate_takes_the_adapter_and_its_share(tmp_path, trained, model):
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_is_touched(tmp_path, data, monkeypatch, arguments, message):
-    monkeypatch.setattr("sage.loading.load_model", None)  # nothing gets so far
+    monkeypatch.setattr("sage.training.command.load_model", None)  # nothing gets so far
     out = tmp_path / "out"
     result = sage("train", "--train_data_dir", data, "--out", out, *arguments)
     assert result.exit_code == 2 and message in result.output.replace("\n", " "), result.output
@@ -150,7 +150,8 @@ def test_no_pictures_is_said(tmp_path, data):
 def test_a_model_that_no_family_covers_is_refused(tmp_path, data, model, monkeypatch):
     monkeypatch.setattr("sage.training.families.FAMILIES", {})
     result = sage("train", "--train_data_dir", data, "--model", model, "--out", tmp_path / "out", *STEPS)
-    assert result.exit_code == 2 and "StableDiffusionPipeline cannot be trained" in result.output and not (tmp_path / "out").exists()
+    assert result.exit_code == 2, result.output
+    assert "StableDiffusionPipeline cannot be trained" in result.output and not (tmp_path / "out").exists()
 
 
 def test_every_option_is_a_flag_of_the_same_name_default_and_kind(monkeypatch):

@@ -52,7 +52,7 @@ OPTIONS = (
             "What a trunk learns of its group: posterior, the mixture's expectation; own, one member's picture; mean, their mean picture. "
             "none: ordinary fine-tuning, nothing is shared."),
     _option("--branch_weight", metavar="W", help="Weight of the losses after the branch; those before have 1."),
-    _option("--consistency_weight", metavar="W", help="Also hold the trunk at the branch against its members' predictions; costs more rows."),
+    _option("--consistency_weight", metavar="W", help="Also hold the trunk at the branch against its members' predictions; costs rows."),
     _choice("--consistency_target", CONSISTENCY_TARGETS,
             "How these are weighted: by how likely each member is, or all alike, so that the trunk goes where all members agree."),
     _choice("--consistency_teacher", CONSISTENCY_TEACHERS, "Who predicts for the members: the model being trained, or the one before."),
