@@ -7,13 +7,11 @@ import torch
 from torch.nn.functional import mse_loss
 
 from sage.plan import Leaf, Node, SharingPlan
-from sage.rows import Rows
 from sage.training.losses import consistency_loss, denoising_loss, min_snr_weight, weighted_mse
 from sage.training.targets import (
     Segments,
     branch_batch,
     denoised_from,
-    mean_condition,
     model_target,
     noised,
     posterior_weights,
@@ -251,37 +249,6 @@ def test_what_does_not_fit_is_refused():
         trunk_batch("own", latents, draw(3, 5), PAIR_AND_ONE, *level)
     with pytest.raises(ValueError, match=r"alpha must be a tensor \[2\]"):
         trunk_batch("own", latents, noise, PAIR_AND_ONE, torch.ones(3), level[1])
-
-
-# ---- mean conditions
-
-
-def test_mean_conditions_are_those_of_sampling():
-    x = draw(3, 4, 6)
-    mask = torch.tensor([[1, 1, 0, 0], [1, 0, 0, 0], [1, 0, 1, 0]])
-    sampling = Rows(((0, 2), (1,)), [0, 1], 3)
-    plain, masked = mean_condition(x, PAIR_AND_ONE), mean_condition(x, PAIR_AND_ONE, mask)
-    assert plain.mask is None and torch.equal(plain.conditions, sampling.reduce(x, "mean", 1))
-    assert torch.equal(masked.conditions, sampling.reduce(x, "masked mean", 1, mask))
-    assert masked.mask.tolist() == [[1, 1, 1, 0], [1, 0, 0, 0]]
-    assert torch.allclose(masked.conditions[0], torch.stack([(x[0, 0] + x[2, 0]) / 2, x[0, 1], x[2, 2], (x[0, 3] + x[2, 3]) / 2]))
-    with pytest.raises(ValueError, match="row for each of 3 conditions"):
-        mean_condition(x, PAIR_AND_ONE, mask[:2])
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_mean_of_equal_conditions_is_exact(dtype):
-    x = draw(1, 3, 50).expand(7, 3, 50).to(dtype)
-    mask = torch.tensor([[1, 1, 0]] * 7)
-    assert torch.equal(mean_condition(x, Segments.of([0] * 7), mask).conditions, x[:1])
-    assert torch.equal(mean_condition(x, Segments.of([0] * 7)).conditions, x[:1])
-
-
-def test_gradients_reach_conditions_also_where_no_token_counts():
-    x = draw(3, 3, 2, dtype=torch.float64).requires_grad_()
-    mask = torch.tensor([[1, 1, 0], [1, 0, 0], [1, 0, 0]])
-    assert torch.autograd.gradcheck(lambda x: mean_condition(x, PAIR_AND_ONE).conditions, x)
-    assert torch.autograd.gradcheck(lambda x: mean_condition(x, PAIR_AND_ONE, mask).conditions, x)
 
 
 # ---- losses

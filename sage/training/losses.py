@@ -1,7 +1,7 @@
 """Losses of trunk, branch and joint: pure functions of model outputs, targets (`sage.training.targets`) and noise levels.
 
     z, denoised = trunk_batch("posterior", latents, noise, segments, alpha, sigma, generator)
-    loss = denoising_loss(model(z, t, mean_condition(...)), z, denoised, alpha, sigma, "epsilon", snr_gamma=5.0)
+    loss = denoising_loss(family.predict(z, t, family.mean_conditions(...)), z, denoised, alpha, sigma, "epsilon", snr_gamma=5.0)
 
 Every loss is a sum over rows divided by a count. On several processes, give all of them the same count: the sum of the losses is then
 that of one process with all rows, however the rows are spread. (Where gradients are averaged over processes, as

@@ -123,13 +123,6 @@ class Batch(NamedTuple):
     denoised: torch.Tensor  # [R, ...]
 
 
-class MeanCondition(NamedTuple):
-    """The condition of every node, and which of its tokens count."""
-
-    conditions: torch.Tensor  # [nodes, ...]
-    mask: torch.Tensor | None  # [nodes, L]
-
-
 def noised(denoised: torch.Tensor, noise: torch.Tensor, alpha: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
     """z = alpha·x + sigma·noise.
 
@@ -295,31 +288,6 @@ def weighted_sum(values: torch.Tensor, weights: torch.Tensor, segments: Segments
     (values,) = _real(values)
     weighted = _per_row("weighted_sum", "weights", weights.double(), values.double()) * values.double()
     return segments.reduce(weighted, "sum").to(values.dtype)
-
-
-def mean_condition(conditions: torch.Tensor, segments: Segments, mask: torch.Tensor | None = None) -> MeanCondition:
-    """The condition of every node, the mean of its members' as in sampling (`sage.rows.Rows`), and the union of their masks.
-
-    Sums are float64, so that the mean of equal rows is exactly that row. With a mask, each token is the mean of the members in whom it
-    counts; where it counts in nobody, of all. Call it once for each embedding that the model is given.
-
-    Args:
-        conditions: [B, ...], embeddings of the batch: tokens [B, L, C], or pooled [B, C].
-        mask: [B, L], which tokens count; None: all do.
-
-    Returns:
-        MeanCondition([nodes, ...], [nodes, L] or None), in the dtypes that came. Differentiable in `conditions`, once.
-    """
-    partition, members = segments.partition, segments.gather(conditions)
-    if mask is None:
-        return MeanCondition(partition.mean(members, 1), None)
-    if len(mask) != len(conditions):
-        raise ValueError(f"mean_condition: mask must have a row for each of {len(conditions)} conditions, got {describe(mask)}")
-    own = segments.gather(mask)
-    union = partition.union(own, 1)
-    # A token that counts in nobody is said to count in all: the same mean, and no division by zero for gradients to go through.
-    counts = torch.where(segments.expand(union) != 0, own, torch.ones_like(own))
-    return MeanCondition(partition.reduce(members, "masked mean", 1, counts), union)
 
 
 def check_prediction_type(op: str, prediction_type: str) -> str:
